@@ -1,0 +1,1 @@
+"""YAML configurations that come with the package: data only."""

@@ -1,0 +1,1 @@
+"""From a configuration file or a launcher to a finished training run."""

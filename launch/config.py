@@ -1,0 +1,159 @@
+"""TrainConfig: everything one YAML file can say. Loading and checking stand in `settings.py`. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..moe.config import ModelConfig, RouterConfig
+from ..parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    name: Literal["adamw"] = "adamw"
+    lr: float = 3e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices only; norms and biases are left alone."""
+    clip_norm: float = 1.0
+    """Global gradient norm is clipped to this; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is not positive; use for example 3e-4")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is outside [0, 1); use for example 0.9")
+        for name in ("weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is negative; use 0 (off) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Cosine decay, warm-up-stable-decay (linear tail), or constant after the warm-up."""
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.1
+    """Learning rate at the last step, as a part of the peak."""
+    decay_ratio: float = 0.2
+    """Part of all steps that `wsd` decays over."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: {self.warmup_steps} is negative; use 0 or more")
+        for name in ("min_lr_ratio", "decay_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is outside [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    corpus: str = "shakespeare"
+    """`shakespeare`, `sotu`, or a folder that `wastenot data prepare` wrote."""
+    tokenizer: str = "bpe:2048"
+    """`bytes`, `bpe:N` (trained on the training split), or a Hugging Face tokenizer.json."""
+    dir: str = "data"
+    """Where fetched and prepared corpora are kept."""
+    seq_len: int = 256
+    val_fraction: float = 0.05
+    """The last part of every document is held out for evaluation."""
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2:
+            raise ValueError(f"seq_len: {self.seq_len} holds no prediction; use 2 or more")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction: {self.val_fraction} is outside (0, 1); use for example 0.05")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    steps: int = 1000
+    batch: int = 16
+    """Sequences per optimizer step over all ranks: the same data whatever the world size."""
+    accumulate: int = 1
+    """Micro-batches that one step's batch is cut into."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16 computes matrix products in bfloat16 over fp32 weights; router, norms and loss stay fp32."""
+    seed: int = 0
+    nproc: int = 0
+    """Local ranks to start where no launcher did; 0 means data x expert."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    eval_batch: int = 32
+    """Sequences per evaluation batch over all ranks."""
+    sample_tokens: int = 120
+    """Length of the text sampled at the end; 0 samples none."""
+    nonfinite_limit: int = 10
+    """Steps with a non-finite loss or gradient are skipped; after this many in a row the run stops."""
+    deterministic: bool = True
+    """Use deterministic kernels where torch has them."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "eval_batch", "nonfinite_limit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is too small; use 1 or more")
+        for name in ("nproc", "eval_every", "sample_tokens", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is negative; use 0 or more")
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate: {self.accumulate} does not divide batch: {self.batch}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 500
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: int = 2
+    """Newest complete checkpoints that stay."""
+    asynchronous: bool = True
+    """Write while training goes on; the copy that is written is taken before the next step."""
+    resume: str = "auto"
+    """`auto` continues from the newest complete checkpoint in log.dir, `never` refuses a used log.dir, or a path."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"every: {self.every} is negative; use 0 (only at the end) or more")
+        if self.keep < 1:
+            raise ValueError(f"keep: {self.keep} would leave no checkpoint; use 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    dir: str = "runs/default"
+    every: int = 10
+    """Steps between lines of metrics."""
+    tensorboard: bool = True
+    """Also write TensorBoard events (extra `viz`; without it a note says so and the run goes on)."""
+    profile: tuple[int, ...] = ()
+    """[first, last] steps to trace with torch.profiler into log.dir/profile; empty traces none."""
+    debug: bool = False
+    """Check internal identities at every step."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every: {self.every} is too small; use 1 or more")
+        if self.profile and (len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]):
+            raise ValueError(f"profile: {list(self.profile)} is not [first, last]; use for example [10, 12]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run. Keys of the YAML file are these fields."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    kernels: Literal["auto", "torch"] = "auto"
+    """Which implementation of route, dispatch, combine and grouped experts runs."""

@@ -1,0 +1,164 @@
+"""Shape of the model and behaviour of its router. Torch-free, so that planners read it without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value < 1:
+            raise ValueError(f"{name}: {value} is too small; use 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmulateConfig:
+    """Emulated ranks (METHODS R10): one process routes as `sources` ranks with `owners` expert owners would."""
+
+    sources: int
+    """Blocks the global micro-batch is cut into; capacity, priority and auxiliary losses hold per block."""
+    owners: int
+    """Ranks among which experts are owned; block s owns the experts of rank s mod owners."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "sources", "owners")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Token-choice top-k routing (METHODS R1-R4, R8, R10)."""
+
+    kind: Literal["learned", "uniform", "skewed"] = "learned"
+    """`uniform` and `skewed` ignore the tokens: benchmarks only, and labelled as such in every report."""
+    skew: float = 1.0
+    """Zipf exponent of `kind: skewed`."""
+    top_k: int = 2
+    """Experts per token."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: Literal["survivors", "top_k", "none"] = "survivors"
+    """Weights are divided by the sum over surviving choices, over all top-k choices, or not at all (R4)."""
+    detach: bool = True
+    """Stop the gradient at that denominator (R4)."""
+    scale: float = 1.0
+    """Factor on every weight, as DeepSeek's routed_scaling_factor."""
+    groups: int = 1
+    """Experts are cut into this many groups ..."""
+    top_groups: int = 1
+    """... of which a token may use this many (group-limited routing)."""
+    capacity_factor: float | None = None
+    """Slots per (source rank, expert) are ceil(top_k * factor * T / E) (R2); null is dropless."""
+    priority: Literal["probability", "position"] = "probability"
+    """Who gets a slot first when they run out (R3)."""
+    jitter: float = 0.0
+    """Router inputs are multiplied by uniform noise in [1 - jitter, 1 + jitter] during training."""
+    balance_loss: float = 0.01
+    """Weight of the load-balancing loss (Switch form, R8)."""
+    balance_over: Literal["block", "sequence", "global"] = "block"
+    """Tokens over which load is counted: this rank's (or emulated) block, each sequence, the global micro-batch."""
+    z_loss: float = 0.0
+    """Weight of the router z-loss, mean of logsumexp(logits)^2."""
+    bias_update: float = 0.0
+    """Step of the auxiliary-loss-free selection bias; 0 switches it off."""
+    emulate: EmulateConfig | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self, "top_k", "groups", "top_groups")
+        if self.top_groups > self.groups:
+            raise ValueError(f"top_groups: {self.top_groups} exceeds groups: {self.groups}; use at most {self.groups}")
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise ValueError(f"capacity_factor: {self.capacity_factor} leaves no slot; use a positive factor or null")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter: {self.jitter} is outside [0, 1); use for example 0.01")
+        if self.skew < 0:
+            raise ValueError(f"skew: {self.skew} is negative; use 0 (uniform) or more")
+        for name in ("balance_loss", "z_loss", "bias_update"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is negative; use 0 (off) or more")
+        if self.top_k == 1 and self.normalize != "none" and not self.detach:
+            raise ValueError(
+                "detach: false with top_k: 1 makes every weight a constant 1 and the router learns nothing; "
+                "use detach: true or normalize: none"
+            )
+        if self.emulate is not None and self.jitter > 0:
+            raise ValueError("jitter: noise depends on the world size, which emulate excludes; use jitter: 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The expert layers of a model."""
+
+    experts: int = 8
+    d_expert: int = 1024
+    """Hidden width of each routed expert."""
+    shared_experts: int = 0
+    """Experts that every token uses; computed as one SwiGLU of shared_experts * d_expert hidden units."""
+    every: int = 1
+    """Of each `every` layers the last is MoE, the others dense."""
+    first_dense: int = 0
+    """The first layers stay dense, as in DeepSeek-MoE."""
+    dispatch: Literal["ragged", "padded"] = "ragged"
+    """`ragged` sends the rows there are; `padded` always sends E*C slots: static shapes, needs a capacity_factor."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "experts", "d_expert", "every")
+        for name in ("shared_experts", "first_dense"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is negative; use 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer: RMSNorm, rotary grouped-query attention, SwiGLU or MoE."""
+
+    vocab_size: int = 0
+    """Tokens of the embedding; 0 takes the tokenizer's."""
+    d_model: int = 256
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 0
+    """Key/value heads; 0 means as many as heads."""
+    d_head: int = 0
+    """Width of a head; 0 means d_model / heads."""
+    d_ff: int = 0
+    """Hidden width of dense SwiGLU layers; 0 means 8/3 d_model, rounded up to a multiple of 16."""
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm of queries and keys: per head (Qwen3), over all heads (OLMoE), or none."""
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    init_residual: Literal["plain", "depth"] = "depth"
+    """`depth` divides the std of layers that write the residual stream by sqrt(2 * layers)."""
+    moe: MoEConfig | None = field(default_factory=MoEConfig)
+    """null makes every layer dense: the baseline."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "d_model", "layers", "heads")
+        if self.vocab_size < 0:
+            raise ValueError(f"vocab_size: {self.vocab_size} is negative; use 0 to take the tokenizer's")
+        if self.d_head == 0 and self.d_model % self.heads:
+            raise ValueError(f"heads: {self.heads} does not divide d_model: {self.d_model}; set d_head or other heads")
+        kv_heads = self.kv_heads or self.heads
+        if kv_heads < 1 or self.heads % kv_heads:
+            raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads: {self.heads}")
+        if self.head_width % 2:
+            raise ValueError(f"d_head: {self.head_width} is odd, which rotary embeddings cannot turn; use an even width")
+
+    @property
+    def head_width(self) -> int:
+        return self.d_head or self.d_model // self.heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def dense_width(self) -> int:
+        return self.d_ff or -(-8 * self.d_model // 3 // 16) * 16
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) has experts."""
+        moe = self.moe
+        return moe is not None and layer >= moe.first_dense and (layer + 1) % moe.every == 0

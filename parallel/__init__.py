@@ -1,0 +1,1 @@
+"""The distributed runtime: ranks, meshes, exchanges, checkpoints. Knows no routers and no trainer."""

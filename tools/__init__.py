@@ -1,0 +1,1 @@
+"""Command lines over the library; nothing imports them."""
