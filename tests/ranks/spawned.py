@@ -1,4 +1,4 @@
-"""Real ranks for tests: `run_ranks(world, fn, *args)` calls fn on `world` gloo processes and returns the results.
+"""Real ranks for tests: `run_ranks(world, fn, *args)` calls fn on gloo processes and returns the results.
 
     from spawned import run_ranks
 
@@ -12,17 +12,17 @@
 
 What a rank can rely on:
 
-- `fn` stands at the top level of its test file; its arguments and result are pickled (tensors travel by value).
+- `fn` stands at the top level of its test file; arguments and result are pickled (tensors travel by value).
 - The default process group is initialised (gloo, every rank on this host) and destroyed afterwards.
 - One thread, seed 0, deterministic algorithms, so `torch.empty` holds NaN: memory nobody wrote shows.
 - Environment variables and warning filters are those of the calling test: a warning in a rank is an error.
 
 What the test can rely on: the first rank that fails, in time, raises RankError with that rank's own traceback
-and the others are killed; a run longer than `timeout` raises TimeoutError with the stack of every rank. Nothing
-outlives the call.
+and the others are killed; a run longer than `timeout` raises TimeoutError with the stack of every rank.
+Nothing outlives the call.
 
-Processes come from a fork server that has torch loaded: the first run of a session costs about 2 s, later ones
-some 30 ms a rank.
+Processes come from a fork server that has torch loaded: the first run of a session costs about 2 s, later
+ones some 30 ms a rank.
 """
 
 from __future__ import annotations
