@@ -1,0 +1,325 @@
+"""Rules that span owners: each a small function from a TrainConfig to what it violates. Torch-free.
+
+A rule checks only what no single owner can check alone, and names the nearest legal value. Three groups: of
+the configuration alone (`CROSS_RULES`), of this machine's files (`FILE_RULES`), and of what is known only
+later: the world that was started (`world_rules`), the tokenizer that was loaded (`vocabulary_rule`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from ..moe.config import EmulateConfig, MoEConfig
+from .config import TrainConfig
+from .errors import Violation
+
+CORPORA = ("shakespeare", "sotu")
+SMALLEST_BPE = 257
+"""256 bytes and the end token: nothing merged yet."""
+
+Rule = Callable[[TrainConfig], list[Violation]]
+
+
+def some_layer_has_experts(config: TrainConfig) -> list[Violation]:
+    model, moe = config.model, config.model.moe
+    if moe is None or any(model.is_moe(layer) for layer in range(model.layers)):
+        return []
+    name, value = ("every", moe.every) if moe.every > model.layers else ("first_dense", moe.first_dense)
+    last = model.layers // moe.every * moe.every
+    fix = f"every: {model.layers}" if name == "every" else f"first_dense: {last - 1}"
+    paths = (f"model.moe.{name}", "model.layers", "model.moe.every", "model.moe.first_dense")
+    return [Violation(paths, f"{value} leaves none of the {model.layers} layers with experts; use {fix}, or moe: null")]
+
+
+def top_k_fits(config: TrainConfig) -> list[Violation]:
+    moe, router = config.model.moe, config.router
+    if moe is None or router.top_k <= moe.experts:
+        return []
+    message = f"{router.top_k} exceeds model.moe.experts: {moe.experts}; use at most {moe.experts}"
+    return [Violation(("router.top_k", "model.moe.experts"), message)]
+
+
+def groups_fit(config: TrainConfig) -> list[Violation]:
+    moe, router = config.model.moe, config.router
+    if moe is None or router.groups == 1:
+        return []
+    if moe.experts % router.groups:
+        fix = nearest_divisor(moe.experts, router.groups)
+        message = f"{router.groups} does not divide model.moe.experts: {moe.experts}; use {fix}"
+        return [Violation(("router.groups", "model.moe.experts"), message)]
+    within_reach = router.top_groups * moe.experts // router.groups
+    if within_reach < router.top_k <= moe.experts:
+        enough = -(-router.top_k * router.groups // moe.experts)
+        message = (
+            f"{router.top_groups} of {router.groups} groups hold {within_reach} experts, fewer than "
+            f"top_k: {router.top_k}; use {enough} or more"
+        )
+        return [Violation(("router.top_groups", "router.groups", "router.top_k", "model.moe.experts"), message)]
+    return []
+
+
+def experts_split_over_ranks(config: TrainConfig) -> list[Violation]:
+    moe, degree = config.model.moe, config.parallel.expert
+    if moe is None:
+        if degree == 1:
+            return []
+        message = f"{degree} ranks would share experts, but model.moe is null; use 1 (and data for more ranks)"
+        return [Violation(("parallel.expert", "model.moe"), message)]
+    if moe.experts % degree == 0:
+        return []
+    fix = nearest_divisor(moe.experts, degree)
+    message = f"{degree} does not divide model.moe.experts: {moe.experts}; use {fix}"
+    return [Violation(("parallel.expert", "model.moe.experts"), message)]
+
+
+def padded_needs_capacity(config: TrainConfig) -> list[Violation]:
+    moe, router = config.model.moe, config.router
+    if moe is None or moe.dispatch != "padded" or router.capacity_factor is not None:
+        return []
+    message = "padded needs router.capacity_factor for its number of slots; use 1.25 there, or ragged here"
+    return [Violation(("model.moe.dispatch", "router.capacity_factor"), message)]
+
+
+def benchmark_routers_learn_nothing(config: TrainConfig) -> list[Violation]:
+    router = config.router
+    if config.model.moe is None:
+        return []
+    if router.kind == "learned":
+        ignored = []
+    else:
+        ignored = [(name, 0.0) for name in ("balance_loss", "z_loss", "bias_update", "jitter")]
+    if router.kind != "skewed":
+        ignored.append(("skew", 1.0))
+    found = []
+    for name, off in ignored:
+        value = getattr(router, name)
+        if value != off:
+            message = f"{value} has no effect with kind: {router.kind}; use {off}"
+            found.append(Violation((f"router.{name}", "router.kind"), message))
+    return found
+
+
+def widths_align(config: TrainConfig) -> list[Violation]:
+    """Grouped matrix products want rows of whole 16-byte units."""
+    moe, precision = config.model.moe, config.train.precision
+    step = {"fp32": 4, "bf16": 8}.get(precision, 1)
+    if moe is None:
+        return []
+    found = []
+    for path, value in (("model.d_model", config.model.d_model), ("model.moe.d_expert", moe.d_expert)):
+        if value % step:
+            fix = multiples(value, step)
+            message = f"{value} is not a multiple of {step}, as {precision} experts need; use {fix}"
+            found.append(Violation((path, "train.precision"), message))
+    return found
+
+
+def emulation_splits(config: TrainConfig) -> list[Violation]:
+    """Emulated ranks hold whole sequences and whole experts (METHODS R10)."""
+    moe, emulate, train = config.model.moe, config.router.emulate, config.train
+    if moe is None or emulate is None:
+        return []
+    return [*_owners_split(moe, emulate), *_sources_split(emulate, train.batch, train.accumulate)]
+
+
+def _owners_split(moe: MoEConfig, emulate: EmulateConfig) -> list[Violation]:
+    if moe.experts % emulate.owners == 0:
+        return []
+    fix = nearest_divisor(moe.experts, emulate.owners)
+    message = f"{emulate.owners} does not divide model.moe.experts: {moe.experts}; use {fix}"
+    return [Violation(("router.emulate.owners", "model.moe.experts"), message)]
+
+
+def _sources_split(emulate: EmulateConfig, batch: int, accumulate: int) -> list[Violation]:
+    micro = batch // accumulate
+    if micro % emulate.sources == 0:
+        return []
+    fix = nearest_divisor(micro, emulate.sources)
+    message = f"{emulate.sources} does not divide the {micro} sequences of a micro-batch; use {fix}"
+    return [Violation(("router.emulate.sources", "train.batch", "train.accumulate"), message)]
+
+
+def layout_is_consistent(config: TrainConfig) -> list[Violation]:
+    """`nproc` makes the world that `parallel` describes, and that world divides the work."""
+    parallel, nproc = config.parallel, config.train.nproc
+    if nproc:
+        if parallel.data != "auto" and nproc != parallel.world():
+            message = (
+                f"{nproc} ranks are not parallel.data {parallel.data} x parallel.expert {parallel.expert}; "
+                f"use {parallel.world()}, or 0 to follow parallel"
+            )
+            return [Violation(("train.nproc", "parallel.data", "parallel.expert"), message)]
+        if nproc % parallel.expert:
+            message = f"{nproc} is not a multiple of parallel.expert: {parallel.expert}; use "
+            return [Violation(("train.nproc", "parallel.expert"), message + multiples(nproc, parallel.expert))]
+    return world_rules(config, parallel.world(nproc or None))
+
+
+def world_rules(config: TrainConfig, world: int) -> list[Violation]:
+    """What a world of `world` ranks asks; the trainer checks again with the ranks that were started."""
+    parallel, train, emulate = config.parallel, config.train, config.router.emulate
+    layout = ("parallel.data", "parallel.expert", "train.nproc")
+    found = []
+    if world % parallel.expert:
+        fix = nearest_divisor(world, parallel.expert)
+        message = f"{parallel.expert} does not divide the {world} ranks; use {fix}"
+        found.append(Violation(("parallel.expert",), message))
+    elif parallel.data != "auto" and parallel.world() != world:
+        fix = world // parallel.expert
+        message = f"{parallel.data} x expert {parallel.expert} is not the {world} ranks; use {fix} or auto"
+        found.append(Violation(("parallel.data", "parallel.expert"), message))
+    portion = train.accumulate * world
+    if train.batch % portion:
+        message = (
+            f"{train.batch} sequences do not split into accumulate {train.accumulate} x {world} ranks; "
+            f"use {multiples(train.batch, portion)}"
+        )
+        found.append(Violation(("train.batch", "train.accumulate", *layout), message))
+    if train.eval_batch % world:
+        fix = multiples(train.eval_batch, world)
+        message = f"{train.eval_batch} sequences do not split over {world} ranks; use {fix}"
+        found.append(Violation(("train.eval_batch", *layout), message))
+    if config.model.moe is not None and emulate is not None and emulate.sources % world:
+        fix = multiples(emulate.sources, world)
+        message = f"{emulate.sources} is not a multiple of the {world} ranks; use {fix}"
+        found.append(Violation(("router.emulate.sources", *layout), message))
+    return found
+
+
+def schedule_fits(config: TrainConfig) -> list[Violation]:
+    schedule, steps = config.schedule, config.train.steps
+    if schedule.warmup_steps > steps:
+        message = f"{schedule.warmup_steps} exceeds train.steps: {steps}; use at most {steps}"
+        return [Violation(("schedule.warmup_steps", "train.steps"), message)]
+    if schedule.kind == "wsd" and schedule.warmup_steps + int(schedule.decay_ratio * steps) > steps:
+        room = (steps - schedule.warmup_steps) / steps
+        message = (
+            f"a decay over {schedule.decay_ratio} of {steps} steps overlaps schedule.warmup_steps: "
+            f"{schedule.warmup_steps}; use at most {room:.4g}"
+        )
+        return [Violation(("schedule.decay_ratio", "schedule.warmup_steps", "train.steps"), message)]
+    return []
+
+
+def profile_is_within_run(config: TrainConfig) -> list[Violation]:
+    profile, steps = config.log.profile, config.train.steps
+    if not profile or profile[1] <= steps:
+        return []
+    nearest = [min(profile[0], steps), steps]
+    message = f"{list(profile)} goes beyond train.steps: {steps}; use {nearest}"
+    return [Violation(("log.profile", "train.steps"), message)]
+
+
+def seed_is_64_bit(config: TrainConfig) -> list[Violation]:
+    if config.train.seed < 2**63:
+        return []
+    return [Violation(("train.seed",), f"{config.train.seed} does not fit 63 bits; use at most {2**63 - 1}")]
+
+
+def known_vocabulary_fits(config: TrainConfig) -> list[Violation]:
+    """As `vocabulary_rule`, where the tokenizer's name already tells its size."""
+    size = tokenizer_size(config.data.tokenizer)
+    return [] if size is None else vocabulary_rule(config, size)
+
+
+def vocabulary_rule(config: TrainConfig, size: int) -> list[Violation]:
+    """The model has a row for each of the tokenizer's `size` tokens."""
+    vocab_size = config.model.vocab_size
+    if vocab_size == 0 or vocab_size >= size:
+        return []
+    message = (
+        f"{vocab_size} is smaller than the {size} tokens of data.tokenizer: {config.data.tokenizer}; "
+        f"use {size}, or 0 to take the tokenizer's"
+    )
+    return [Violation(("model.vocab_size", "data.tokenizer"), message)]
+
+
+def tokenizer_size(tokenizer: str) -> int | None:
+    """Tokens of `bytes` or `bpe:N`, the end token included; None where the name does not tell."""
+    if tokenizer == "bytes":
+        return SMALLEST_BPE
+    kind, separator, size = tokenizer.partition(":")
+    return int(size) if kind == "bpe" and separator and size.isdecimal() else None
+
+
+def tokenizer_exists(config: TrainConfig) -> list[Violation]:
+    tokenizer = config.data.tokenizer
+    size = tokenizer_size(tokenizer)
+    if size is not None and size < SMALLEST_BPE:
+        message = f"{tokenizer} cannot hold the 256 bytes and the end token; use bpe:{SMALLEST_BPE} or more"
+    elif size is not None or Path(tokenizer).is_file():
+        return []
+    elif tokenizer.partition(":")[0] == "bpe":
+        message = f"{tokenizer} has no size; use for example bpe:2048"
+    else:
+        message = f"{tokenizer!r} is neither bytes, bpe:N nor a file{_nearest(tokenizer, ('bytes', 'bpe:2048'))}"
+    return [Violation(("data.tokenizer",), message)]
+
+
+def corpus_exists(config: TrainConfig) -> list[Violation]:
+    corpus = config.data.corpus
+    if corpus in CORPORA or (corpus and Path(corpus).exists()):
+        return []
+    hint = _nearest(corpus, CORPORA)
+    message = f"{corpus!r} is neither {' nor '.join(CORPORA)}, nor a file or folder that exists{hint}"
+    return [Violation(("data.corpus",), message)]
+
+
+def folders_are_folders(config: TrainConfig) -> list[Violation]:
+    found = []
+    for path, value in (("data.dir", config.data.dir), ("log.dir", config.log.dir)):
+        blocking = next((part for part in (Path(value), *Path(value).parents) if part.is_file()), None)
+        if not value:
+            found.append(Violation((path,), f"the name is empty; use for example {path.partition('.')[0]}"))
+        elif blocking is not None:
+            found.append(Violation((path,), f"{value!r} cannot be a folder: {blocking} is a file; use another name"))
+    return found
+
+
+def resume_exists(config: TrainConfig) -> list[Violation]:
+    resume = config.checkpoint.resume
+    if resume in ("auto", "never") or (resume and Path(resume).is_dir()):
+        return []
+    message = f"{resume!r} is neither auto, never nor a folder that exists{_nearest(resume, ('auto', 'never'))}"
+    return [Violation(("checkpoint.resume",), message)]
+
+
+CROSS_RULES: tuple[Rule, ...] = (
+    some_layer_has_experts,
+    top_k_fits,
+    groups_fit,
+    experts_split_over_ranks,
+    padded_needs_capacity,
+    benchmark_routers_learn_nothing,
+    widths_align,
+    emulation_splits,
+    layout_is_consistent,
+    schedule_fits,
+    profile_is_within_run,
+    seed_is_64_bit,
+    known_vocabulary_fits,
+)
+"""Hold for the configuration wherever it is read."""
+
+FILE_RULES: tuple[Rule, ...] = (tokenizer_exists, corpus_exists, folders_are_folders, resume_exists)
+"""Hold on the machine that runs the configuration."""
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` (at least 1) nearest to `wanted`; the smaller one of two."""
+    low = next(d for d in range(min(wanted, number), 0, -1) if number % d == 0)
+    high = next((d for d in range(wanted, min(number, 2 * wanted - low) + 1) if number % d == 0), low)
+    return low if wanted - low <= abs(high - wanted) else high
+
+
+def multiples(number: int, step: int) -> str:
+    """The positive multiples of `step` on both sides of `number`, in words."""
+    low = number // step * step
+    return f"{low} or {low + step}" if low else str(step)
+
+
+def _nearest(text: str, choices: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(text, choices, n=1, cutoff=0.4)
+    return f"; nearest: {close[0]}" if close else f"; use for example {choices[0]}"
