@@ -102,18 +102,25 @@ def benchmark_routers_learn_nothing(config: TrainConfig) -> list[Violation]:
 
 
 def widths_align(config: TrainConfig) -> list[Violation]:
-    """Grouped matrix products want rows of whole 16-byte units."""
+    """Grouped matrix products want rows of whole 16-byte units; only the reference kernels do without."""
     moe, precision = config.model.moe, config.train.precision
     step = {"fp32": 4, "bf16": 8}.get(precision, 1)
-    if moe is None:
+    if moe is None or config.kernels == "reference":
         return []
     found = []
     for path, value in (("model.d_model", config.model.d_model), ("model.moe.d_expert", moe.d_expert)):
         if value % step:
             fix = multiples(value, step)
             message = f"{value} is not a multiple of {step}, as {precision} experts need; use {fix}"
-            found.append(Violation((path, "train.precision"), message))
+            found.append(Violation((path, "train.precision", "kernels"), message))
     return found
+
+
+def kernels_take_precision(config: TrainConfig) -> list[Violation]:
+    if config.model.moe is None or config.kernels != "torch" or config.train.precision != "fp64":
+        return []
+    message = "torch has no grouped product for train.precision: fp64; use reference or auto"
+    return [Violation(("kernels", "train.precision"), message)]
 
 
 def emulation_splits(config: TrainConfig) -> list[Violation]:
@@ -294,6 +301,7 @@ CROSS_RULES: tuple[Rule, ...] = (
     padded_needs_capacity,
     benchmark_routers_learn_nothing,
     widths_align,
+    kernels_take_precision,
     emulation_splits,
     layout_is_consistent,
     schedule_fits,

@@ -1,0 +1,46 @@
+"""Parameters of a model, counted from its configuration alone. Torch-free."""
+
+from __future__ import annotations
+
+from .config import ModelConfig, MoEConfig, RouterConfig
+
+
+def count_parameters(model: ModelConfig, router: RouterConfig, vocab_size: int = 0) -> dict[str, int]:
+    """`total` parameters, and the `active` ones that one token's forward pass uses (embeddings included).
+
+    `vocab_size` stands in for `model.vocab_size` where that is 0. Raises ValueError where neither is known.
+    """
+    rows = model.vocab_size or vocab_size
+    if not rows:
+        raise ValueError("vocab_size: 0 takes the tokenizer's, which is not known here; give the number")
+    embeddings = rows * model.d_model * (1 if model.tie_embeddings else 2)
+    total = active = embeddings + model.d_model
+    for layer in range(model.layers):
+        shared = _attention(model) + 2 * model.d_model
+        total += shared
+        active += shared
+        if model.moe is not None and model.is_moe(layer):
+            always, expert = _always_active(model, model.moe), swiglu(model.d_model, model.moe.d_expert)
+            total += always + model.moe.experts * expert
+            active += always + router.top_k * expert
+        else:
+            total += swiglu(model.d_model, model.dense_width)
+            active += swiglu(model.d_model, model.dense_width)
+    return {"total": total, "active": active}
+
+
+def swiglu(d_model: int, width: int) -> int:
+    """Gate, up and down projections, without biases."""
+    return 3 * d_model * width
+
+
+def _attention(model: ModelConfig) -> int:
+    """Projections of queries, keys, values and outputs, and the norms of queries and keys."""
+    queries, keys = model.heads * model.head_width, model.num_kv_heads * model.head_width
+    norms = {"none": 0, "head": 2 * model.head_width, "full": queries + keys}[model.qk_norm]
+    return 2 * model.d_model * (queries + keys) + norms
+
+
+def _always_active(model: ModelConfig, moe: MoEConfig) -> int:
+    """Gate and shared experts; the selection bias of the router is a buffer, not a parameter."""
+    return model.d_model * moe.experts + swiglu(model.d_model, moe.shared_experts * moe.d_expert)
