@@ -144,7 +144,9 @@ class ModelConfig:
         if kv_heads < 1 or self.heads % kv_heads:
             raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads: {self.heads}")
         if self.head_width % 2:
-            raise ValueError(f"d_head: {self.head_width} is odd, which rotary embeddings cannot turn; use an even width")
+            raise ValueError(
+                f"d_head: {self.head_width} is odd, which rotary embeddings cannot turn; use an even width"
+            )
 
     @property
     def head_width(self) -> int:

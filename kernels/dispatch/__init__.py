@@ -1,0 +1,28 @@
+"""Tokens into rows in the order experts want them, and rows into another order."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backend import Backend, is_reference
+from . import naive, vectorised
+
+__all__ = ["permute", "reorder"]
+
+
+def permute(
+    x_TD: Tensor, source_R: Tensor, position_TK: Tensor, may_be_empty: bool = True, backend: Backend = "auto"
+) -> Tensor:
+    """Row r is token source_R[r], or zero where that is -1; returns [R, D].
+
+    `position_TK` is the inverse map: the row of choice k of token t, or -1 where it was dropped.
+    `may_be_empty=False` promises that no source is -1. Differentiable in `x_TD`.
+    """
+    if is_reference(backend):
+        return naive.permute(x_TD, source_R, position_TK)
+    return vectorised.permute(x_TD, source_R, position_TK, may_be_empty)
+
+
+def reorder(rows_RD: Tensor, order_R: Tensor, inverse_R: Tensor, backend: Backend = "auto") -> Tensor:
+    """Row r of the result is row order_R[r], a permutation with inverse `inverse_R`. Differentiable."""
+    return (naive if is_reference(backend) else vectorised).reorder(rows_RD, order_R, inverse_R)

@@ -1,0 +1,63 @@
+"""Expert selection and slot assignment without a loop over blocks, tokens or experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _best(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of the last dimension: argmax k times, whose ties go to the lower index."""
+    if k == 1:
+        return scores.argmax(-1, keepdim=True)
+    left = scores.clone()
+    picks = []
+    for _ in range(k):
+        pick = left.argmax(-1, keepdim=True)
+        left.scatter_(-1, pick, -torch.inf)
+        picks.append(pick)
+    return torch.cat(picks, -1)
+
+
+def select(scores_TE: Tensor, k: int, groups: int = 1, top_groups: int = 1) -> Tensor:
+    """As `naive.select`; `scores_TE` must hold no -inf."""
+    T, E = scores_TE.shape
+    if groups > 1:
+        grouped = scores_TE.view(T, groups, E // groups)
+        kept = _best(grouped.topk(min(2, E // groups), -1).values.sum(-1), top_groups)
+        barred = torch.ones(T, groups, dtype=torch.bool, device=scores_TE.device).scatter_(1, kept, False)
+        # Finite, so that a barred expert still loses to none but never ties with one already picked.
+        floor = torch.finfo(scores_TE.dtype).min
+        scores_TE = grouped.masked_fill(barred.unsqueeze(-1), floor).view(T, E)
+    return _best(scores_TE, k)
+
+
+def assign(
+    experts_TK: Tensor, priority_T: Tensor, num_experts: int, blocks: int, capacity: int | None
+) -> tuple[Tensor, Tensor]:
+    """As `naive.assign`: one stable sort by (block, expert) of the queue in order of priority."""
+    T, K = experts_TK.shape
+    size, device = T // blocks, experts_TK.device
+    queues = blocks * num_experts
+    # Without a limit nobody is dropped and the order inside a queue is free: token order needs no sort.
+    if capacity is None:
+        ordered_bsK = experts_TK.view(blocks, size, K)
+        order_bs = None
+    else:
+        order_bs = priority_T.view(blocks, size).sort(dim=-1, descending=True, stable=True).indices
+        ordered_bsK = experts_TK.view(blocks, size, K).gather(1, order_bs.unsqueeze(-1).expand(-1, -1, K))
+    block_b = torch.arange(blocks, device=device).view(blocks, 1, 1)
+    key_N = (ordered_bsK + block_b * num_experts).transpose(1, 2).reshape(-1)  # [blocks, K, size]
+    sorted_N, origin_N = key_N.sort(stable=True)
+    wanted = torch.bincount(sorted_N, minlength=queues)
+    start = wanted.cumsum(0) - wanted
+    slot_N = torch.empty_like(key_N)
+    slot_N[origin_N] = torch.arange(key_N.numel(), device=device) - start[sorted_N]
+    counts_BE = wanted.view(blocks, num_experts)
+    if capacity is not None:
+        slot_N = slot_N.masked_fill(slot_N >= capacity, -1)
+        counts_BE = counts_BE.clamp(max=capacity)
+    slots_bsK = slot_N.view(blocks, K, size).transpose(1, 2)
+    if order_bs is not None:
+        slots_bsK = torch.empty_like(slots_bsK).scatter_(1, order_bs.unsqueeze(-1).expand(-1, -1, K), slots_bsK)
+    return slots_bsK.reshape(T, K), counts_BE

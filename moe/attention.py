@@ -1,0 +1,130 @@
+"""Rotary grouped-query attention through torch's scaled_dot_product_attention, with a cache for generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .norm import RMSNorm
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, for all layers; B sequences padded on the left."""
+
+    keys: list[Tensor]
+    """Per layer [B, kv_heads, max_tokens, d_head]."""
+    values: list[Tensor]
+    padding_B: Tensor
+    """int64: pad tokens at the left of each sequence."""
+    filled: int = 0
+    """Tokens in the cache, the same for all sequences."""
+
+    @classmethod
+    def empty(cls, config: ModelConfig, padding_B: Tensor, max_tokens: int, dtype: torch.dtype) -> KVCache:
+        """A cache for `max_tokens` tokens of each of B sequences."""
+        shape = (padding_B.numel(), config.num_kv_heads, max_tokens, config.head_width)
+
+        def memory() -> list[Tensor]:
+            return [torch.zeros(shape, dtype=dtype, device=padding_B.device) for _ in range(config.layers)]
+
+        return cls(memory(), memory(), padding_B)
+
+    def positions(self, new: int) -> Tensor:
+        """Positions [B, new] of the next tokens, counted from each sequence's first real token."""
+        index = torch.arange(self.filled, self.filled + new, device=self.padding_B.device)
+        return (index - self.padding_B.unsqueeze(1)).clamp(min=0)
+
+    def mask(self, new: int) -> Tensor:
+        """[B, 1, new, filled + new]: which cached token each new one may see."""
+        device = self.padding_B.device
+        key = torch.arange(self.filled + new, device=device)
+        query = torch.arange(self.filled, self.filled + new, device=device).unsqueeze(1)
+        seen = (key <= query) & (key >= self.padding_B.view(-1, 1, 1))
+        # A pad token sees itself, so that no row is empty (softmax of nothing is NaN).
+        return (seen | (key == query)).unsqueeze(1)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new keys and values of `layer`; returns all up to the newest. `filled` moves after the last layer."""
+        end = self.filled + keys.size(2)
+        self.keys[layer][:, :, self.filled : end] = keys
+        self.values[layer][:, :, self.filled : end] = values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+def rotary_table(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., width / 2] of the rotation angles at `positions`, computed in fp32 or wider."""
+    wide = torch.promote_types(dtype, torch.float32)
+    exponent = torch.arange(0, width, 2, device=positions.device, dtype=wide) / width
+    angles = positions.unsqueeze(-1).to(wide) / theta**exponent
+    return angles.cos(), angles.sin()
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.size(-1) // 2
+    first, second = x[..., :half], x[..., half:]
+    out = torch.empty_like(x)
+    torch.addcmul(first * cos, second, sin, value=-1, out=out[..., :half])
+    torch.addcmul(second * cos, first, sin, out=out[..., half:])
+    return out
+
+
+def rotate(x_BSHd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding, halves paired as Hugging Face's weights expect (first with second half of the head)."""
+    cos, sin = (t.unsqueeze(-2).to(x_BSHd.dtype) for t in table)
+    return _Rotate.apply(x_BSHd, cos, sin)  # pyright: ignore[reportReturnType]
+
+
+class Attention(nn.Module):
+    """Causal self-attention; query heads share key/value heads in groups."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.width = layer, config.head_width
+        self.heads, self.kv_heads = config.heads, config.num_kv_heads
+        self.q = nn.Linear(config.d_model, self.heads * self.width, bias=False)
+        self.k = nn.Linear(config.d_model, self.kv_heads * self.width, bias=False)
+        self.v = nn.Linear(config.d_model, self.kv_heads * self.width, bias=False)
+        self.out = nn.Linear(self.heads * self.width, config.d_model, bias=False)
+        self.norm_per_head = config.qk_norm == "head"
+        if config.qk_norm != "none":
+            widths = (self.width,) * 2 if self.norm_per_head else (self.heads * self.width, self.kv_heads * self.width)
+            self.q_norm, self.k_norm = (RMSNorm(width, config.norm_eps) for width in widths)
+        else:
+            self.q_norm = self.k_norm = None
+
+    def forward(self, x_BSD: Tensor, table: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        """Attends within each sequence; with a `cache`, also to what it holds."""
+        B, S, _ = x_BSD.shape
+        q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD).view(B, S, self.kv_heads, self.width)
+        if self.q_norm is not None and self.k_norm is not None and not self.norm_per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.view(B, S, self.heads, self.width), k.view(B, S, self.kv_heads, self.width)
+        if self.q_norm is not None and self.k_norm is not None and self.norm_per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, table), rotate(k, table)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        grouped = self.heads != self.kv_heads
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        else:
+            mask = cache.mask(S)
+            k, v = cache.append(self.layer, k, v)
+            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, enable_gqa=grouped)
+        return self.out(y.transpose(1, 2).reshape(B, S, -1))

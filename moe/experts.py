@@ -1,0 +1,27 @@
+"""The experts of one layer: grouped SwiGLU weights with a leading expert dimension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.backend import Backend
+from ..kernels.grouped_mm import grouped_swiglu
+
+
+class GroupedExperts(nn.Module):
+    """e SwiGLU experts of hidden width F over rows grouped by expert."""
+
+    expert_parameters = ("gate_up", "down")
+
+    def __init__(self, num_experts: int, d_model: int, d_expert: int, backend: Backend = "auto") -> None:
+        super().__init__()
+        self.backend: Backend = backend
+        # Gate rows above up rows, [e, 2F, D]; [e, D, F].
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * d_expert, d_model))
+        self.down = nn.Parameter(torch.empty(num_experts, d_model, d_expert))
+
+    def forward(self, rows_RD: Tensor, offsets_e: Tensor) -> Tensor:
+        """Each row through its expert: rows of expert i end before row offsets_e[i] (int32)."""
+        dtype = rows_RD.dtype
+        return grouped_swiglu(rows_RD, self.gate_up.to(dtype), self.down.to(dtype), offsets_e, self.backend)

@@ -1,0 +1,196 @@
+"""All-to-all of rows over one axis: differentiable, asynchronous in both directions, cut to suit the link.
+
+Forward starts the exchange and returns; `Exchange.wait` hands out the rows. Backward mirrors it: the
+gradient's exchange starts where forward waited and is waited for where forward started, so that whatever
+autograd has to do between the two (a shared expert, say) runs while the gradients travel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .events import Recorder
+from .mesh import Axis, Mesh
+
+# torch 2.13 renamed these; the old names warn there.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows that travel between this rank and each rank of the axis."""
+
+    send: list[int]
+    receive: list[int]
+    pieces: int = 1
+    """Calls the exchange is cut into: the same number on all ranks."""
+
+    def reversed(self) -> Splits:
+        return Splits(self.receive, self.send, self.pieces)
+
+
+class _Flight:
+    """One exchange on its way: launch now, `land` later."""
+
+    def __init__(self, rows: Tensor, splits: Splits, axis: Axis, name: str, recorder: Recorder) -> None:
+        self.name, self.recorder = name, recorder
+        away = sum(n for rank, n in enumerate(splits.send) if rank != axis.rank)
+        recorder.collective_entered(name, away * rows.size(-1) * rows.element_size())
+        self.sent = rows.contiguous()  # must live until the exchange is done
+        self.received = rows.new_empty((sum(splits.receive), rows.size(-1)))
+        self.works = _launch(self.received, self.sent, splits, axis)
+
+    def land(self) -> Tensor:
+        start = time.perf_counter()
+        for work in self.works:
+            work.wait()
+        on_host = self.received.device.type == "cpu"
+        self.recorder.collective_left(self.name, time.perf_counter() - start if on_host else 0.0)
+        del self.sent, self.works
+        return self.received
+
+
+def _launch(received: Tensor, sent: Tensor, splits: Splits, axis: Axis) -> list[dist.Work]:
+    if splits.pieces == 1:
+        work = dist.all_to_all_single(received, sent, splits.receive, splits.send, group=axis.group, async_op=True)
+        return [work] if work is not None else []
+    works = []
+    to, of = sent.split(splits.send), received.split(splits.receive)
+    for piece in range(splits.pieces):
+        out, into = _cut(of, piece, splits.pieces), _cut(to, piece, splits.pieces)
+        work = dist.all_to_all(out, into, group=axis.group, async_op=True)
+        if work is not None:
+            works.append(work)
+    return works
+
+
+def _cut(parts: Sequence[Tensor], piece: int, pieces: int) -> list[Tensor]:
+    """Part number `piece` of `pieces` of every tensor's rows: views, equal on sender and receiver."""
+    return [t[t.size(0) * piece // pieces : t.size(0) * (piece + 1) // pieces] for t in parts]
+
+
+@dataclass
+class _Journey:
+    """What the two autograd nodes of one exchange share."""
+
+    splits: Splits
+    axis: Axis
+    name: str
+    recorder: Recorder
+    out: _Flight | None = None
+    back: _Flight | None = None
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, journey):
+        ctx.journey = journey
+        journey.out = _Flight(rows, journey.splits, journey.axis, journey.name, journey.recorder)
+        # A handle for autograd only: the rows are not there yet, `_Wait` hands them out.
+        return journey.out.received
+
+    @staticmethod
+    def backward(ctx, *grads):
+        flight, ctx.journey.back = ctx.journey.back, None
+        assert flight is not None, "the gradient's exchange was never started"
+        return flight.land(), None
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, in_flight, journey):
+        ctx.journey = journey
+        flight, journey.out = journey.out, None
+        return flight.land().view_as(in_flight)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        journey = ctx.journey
+        back = journey.splits.reversed()
+        journey.back = _Flight(grads[0], back, journey.axis, journey.name + "-gradient", journey.recorder)
+        return grads[0], None  # ignored by `_Start`, whose gradient is what arrives
+
+
+@dataclass
+class Exchange:
+    """Rows on their way; `wait` returns them once."""
+
+    rows: Tensor
+    journey: _Journey | None
+
+    def wait(self) -> Tensor:
+        """The received rows [sum(receive), D], ordered by the rank they came from."""
+        if self.journey is None:
+            return self.rows
+        return _Wait.apply(self.rows, self.journey)  # pyright: ignore[reportReturnType]
+
+
+def start_all_to_all(rows: Tensor, splits: Splits, axis: Axis, name: str, recorder: Recorder) -> Exchange:
+    """Starts sending consecutive runs of `rows` [N, D] (splits.send per rank) over `axis`.
+
+    On an axis of one rank the rows stay where they are. `name` tells the recorder what travels.
+    """
+    if axis.group is None:
+        return Exchange(rows, None)
+    journey = _Journey(splits, axis, name, recorder)
+    started: Tensor = _Start.apply(rows, journey)  # pyright: ignore[reportAssignmentType]
+    return Exchange(started, journey)
+
+
+def all_gather_rows(row: Tensor, axis: Axis, name: str, recorder: Recorder) -> Tensor:
+    """Every rank's `row` [n], stacked to [axis.size, n]. Not differentiable."""
+    if axis.group is None:
+        return row.unsqueeze(0)
+    out = row.new_empty((axis.size, *row.shape))
+    recorder.collective_entered(name, row.numel() * row.element_size() * (axis.size - 1))
+    start = time.perf_counter()
+    all_gather_single(out.view(-1), row.contiguous().view(-1), group=axis.group)
+    recorder.collective_left(name, time.perf_counter() - start if row.device.type == "cpu" else 0.0)
+    return out
+
+
+def all_reduce(tensor: Tensor, axis: Axis, name: str, recorder: Recorder, op=dist.ReduceOp.SUM) -> Tensor:
+    """Sums (or `op`) `tensor` over the axis in place and returns it. Not differentiable."""
+    if axis.group is not None:
+        recorder.collective_entered(name, tensor.numel() * tensor.element_size())
+        start = time.perf_counter()
+        dist.all_reduce(tensor, op=op, group=axis.group)
+        recorder.collective_left(name, time.perf_counter() - start if tensor.device.type == "cpu" else 0.0)
+    return tensor
+
+
+def tune_pieces(mesh: Mesh, probe_bytes: int = 2**20, rounds: int = 3) -> int:
+    """Largest message in bytes that is best sent uncut over the expert axis; 0 if cutting never pays.
+
+    Measured: an exchange of `probe_bytes` per rank pair, whole and cut. A full-duplex link behind a half-duplex
+    backend (gloo) gains up to twice by cutting, a long link loses. All ranks return rank 0's finding.
+    """
+    axis = mesh.expert
+    if axis.group is None or mesh.device.type != "cpu":
+        return 0  # NCCL pipelines its messages itself
+    width = 256
+    rows = probe_bytes // (4 * width)
+    data = torch.zeros(rows * axis.size, width)
+    best, best_s = 0, float("inf")
+    for piece_bytes in (0, 512 * 1024, 256 * 1024):
+        pieces = max(1, probe_bytes // piece_bytes) if piece_bytes else 1
+        splits = Splits([rows] * axis.size, [rows] * axis.size, pieces)
+        times = []
+        for _ in range(rounds):
+            dist.barrier(group=axis.group)
+            start = time.perf_counter()
+            _Flight(data, splits, axis, "link-probe", mesh.recorder).land()
+            times.append(time.perf_counter() - start)
+        # Cutting must win clearly: on a fast link the difference is noise.
+        if min(times) < 0.8 * best_s:
+            best, best_s = piece_bytes, min(times)
+    found = torch.tensor([best])
+    dist.broadcast(found, group=mesh.world.group, src=0)
+    return int(found)
