@@ -9,7 +9,7 @@ DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 FACTORS = DECIMAL | BINARY
 
-PATTERN = re.compile(r"([-+]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,3})?)\s*([kmgt]?i?)b?", re.IGNORECASE)
+PATTERN = re.compile(r"([-+]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,2})?)\s*([kmgt]?i?)b?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
