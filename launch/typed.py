@@ -27,7 +27,7 @@ ALLOWED = {
 
 @dataclass
 class Findings:
-    """What was wrong so far, and which paths therefore hold defaults instead of the user's values."""
+    """What was wrong so far, and which paths therefore hold values that no further rule can be judged by."""
 
     violations: list[Violation] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)
@@ -37,10 +37,13 @@ class Findings:
         self.broken.add(path)
 
     def judge(self, violations: list[Violation]) -> None:
-        """Adds those of `violations` that rest on values the user gave, not on stand-ins for broken ones."""
-        for violation in violations:
-            if not any(path == bad or path.startswith(f"{bad}.") for path in violation.paths for bad in self.broken):
-                self.violations.append(violation)
+        """Adds those of `violations` that do not rest on values already found wrong: causes, not consequences."""
+        sound = [violation for violation in violations if not any(map(self._is_broken, violation.paths))]
+        self.violations += sound
+        self.broken.update(violation.paths[0] for violation in sound)
+
+    def _is_broken(self, path: str) -> bool:
+        return any(path == bad or path.startswith(f"{bad}.") for bad in self.broken)
 
 
 class MismatchError(Exception):

@@ -1,7 +1,7 @@
 """`wastenot …`: one entry to every command. A command's module is imported only when that command runs.
 
-A command is a module with `HELP` (one line), `EXAMPLE` (one line), `add_arguments(parser)` and `run(args)`, which
-returns an exit code. A `run` that sets `args.run_dir` has the logs of its crashes put there.
+A command is a module with `HELP` (one line), `EXAMPLE` (one command a line), `add_arguments(parser)` and
+`run(args)`, which returns an exit code. A `run` that sets `args.run_dir` has the logs of its crashes put there.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def make_parser(name: str, summary: str, example: str) -> Parser:
     return Parser(
         prog=f"wastenot {name}",
         description=summary[:1].upper() + summary[1:].removesuffix(".") + ".",
-        epilog=f"example:\n  {example}",
+        epilog="example:\n" + "\n".join(f"  {line.strip()}" for line in example.strip().splitlines()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -219,6 +219,7 @@ def test_everything_wrong_is_reported_together() -> None:
         train: {steps: 1000, nproc: 6, precision: bf16}
         """
     )
+    # nproc: 6 may well be right once parallel.expert is: causes are reported, not consequences.
     assert [line.partition(": ")[0] for line in found] == [
         "model.d_modle",
         "model.heads",
@@ -227,7 +228,6 @@ def test_everything_wrong_is_reported_together() -> None:
         "router.top_k",
         "parallel.expert",
         "model.moe.d_expert",
-        "train.nproc",
         "schedule.warmup_steps",
     ]
 
@@ -296,7 +296,7 @@ def test_a_saved_configuration_parses_where_its_files_are_not() -> None:
     assert parse_config(parse_yaml(dump_config(config), "config.yaml"), "config.yaml") == config
 
 
-texts = st.text(min_size=1, max_size=12).filter(lambda text: text.isprintable())
+texts = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=12)
 configs = st.builds(
     TrainConfig,
     model=st.builds(ModelConfig, moe=st.none() | st.just(MoEConfig(d_expert=64)), rope_theta=st.floats(1, 1e9)),

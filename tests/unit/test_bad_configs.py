@@ -1,0 +1,145 @@
+"""Bad configurations through the command line: exit code 2, one clear message on stderr, nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from wastenot.tools.cli import main
+
+# What is typed after `-s`, over the defaults; the path to change; what the message offers instead.
+BAD_SETTINGS = [
+    ("train.stepz=3", "train.stepz", "did you mean train.steps?"),
+    ("lr=3e-4", "lr", "did you mean optimizer.lr?"),
+    ("train.steps=many", "train.steps", "25MiB, 1.5M or 10k"),
+    ("train.steps=2.5", "train.steps", "use 2 or 3"),
+    ("train.steps=0", "train.steps", "use 1 or more"),
+    ("train.deterministic=on", "train.deterministic", "nearest: true"),
+    ("train.precision=fp8", "train.precision", "nearest: fp"),
+    ("train.seed=1e30", "train.seed", "use at most 9223372036854775807"),
+    ("optimizer.lr=-1", "optimizer.lr", "use for example 3e-4"),
+    ("optimizer.lr=.inf", "optimizer.lr", "use for example 0.1 or 3e-4"),
+    ("optimizer.name=adam", "optimizer.name", "adamw"),
+    ("router.score=softmaxx", "router.score", "nearest: softmax"),
+    ("router.top_k=9", "router.top_k", "use at most 8"),
+    ("router.groups=3", "router.groups", "use 2"),
+    ("router.groups=8 -s router.top_k=3", "router.top_groups", "use 3 or more"),
+    ("router.top_groups=2", "router.top_groups", "use at most 1"),
+    ("router.capacity_factor=0", "router.capacity_factor", "use a positive factor or null"),
+    ("router.kind=uniform", "router.balance_loss", "use 0.0"),
+    ("router.kind=skewed -s router.balance_loss=0 -s router.bias_update=1e-3", "router.bias_update", "use 0.0"),
+    ("router.skew=2", "router.skew", "use 1.0"),
+    ("router.top_k=1 -s router.detach=false", "router.detach", "use detach: true or normalize: none"),
+    ("router.emulate={sources: 4}", "router.emulate.owners", "give a whole number"),
+    ("router.emulate={sources: 4, owners: 3}", "router.emulate.owners", "use 2"),
+    ("router.emulate={sources: 3, owners: 2}", "router.emulate.sources", "use 2"),
+    ("router.emulate={sources: 1, owners: 2} -s parallel.expert=2", "router.emulate.sources", "use 2"),
+    ("model.moe.dispatch=padded", "model.moe.dispatch", "use 1.25 there, or ragged here"),
+    ("model.moe.every=5", "model.moe.every", "use every: 4, or moe: null"),
+    ("model.moe.first_dense=4", "model.moe.first_dense", "use first_dense: 3, or moe: null"),
+    ("model.moe.d_expert=30", "model.moe.d_expert", "use 28 or 32"),
+    ("model.d_model=36 -s train.precision=bf16 -s model.heads=1", "model.d_model", "use 32 or 40"),
+    ("model.d_head=63", "model.d_head", "use an even width"),
+    ("model.vocab_size=100", "model.vocab_size", "use 2048, or 0"),
+    ("model.moe=null -s parallel.expert=2", "parallel.expert", "use 1"),
+    ("parallel.expert=3", "parallel.expert", "use 2"),
+    ("parallel.expert=2 -s train.nproc=3", "train.nproc", "use 2 or 4"),
+    ("parallel.data=2 -s parallel.expert=2 -s train.nproc=2", "train.nproc", "use 4, or 0"),
+    ("parallel.piece_bytes=-1", "parallel.piece_bytes", "use 0 (never cut), a size, or auto"),
+    ("parallel.bucket_bytes=8GiBB", "parallel.bucket_bytes", "25MiB, 1.5M or 10k"),
+    ("parallel.data=8 -s train.batch=20", "train.batch", "use 16 or 24"),
+    ("parallel.expert=8 -s train.eval_batch=4", "train.eval_batch", "use 8"),
+    ("schedule.warmup_steps=2k", "schedule.warmup_steps", "use at most 1000"),
+    ("schedule={kind: wsd, warmup_steps: 500, decay_ratio: 0.6}", "schedule.decay_ratio", "use at most 0.5"),
+    ("data.tokenizer=bpe:100", "data.tokenizer", "use bpe:257 or more"),
+    ("data.tokenizer=bytez", "data.tokenizer", "nearest: bytes"),
+    ("data.corpus=shakespear", "data.corpus", "nearest: shakespeare"),
+    ("data.val_fraction=1", "data.val_fraction", "use for example 0.05"),
+    ("log.profile=[990, 1010]", "log.profile", "use [990, 1000]"),
+    ("log.profile=[3]", "log.profile", "use for example [10, 12]"),
+    ("log.dir=''", "log.dir", "use for example log"),
+    ("checkpoint.resume=atuo", "checkpoint.resume", "nearest: auto"),
+    ("kernels=torch -s train.precision=fp64", "kernels", "use reference or auto"),
+    ("kernels=cuda", "kernels", "one of auto, torch, reference"),
+]
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Relative names in the configurations resolve to nothing that happens to lie around."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message of a run that must fail as bad input does."""
+    assert main(["config", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    return err.removeprefix("error: ").removesuffix("\n")
+
+
+@pytest.mark.parametrize(("settings", "path", "remedy"), BAD_SETTINGS, ids=[row[0] for row in BAD_SETTINGS])
+def test_a_bad_setting_gives_one_line_with_path_and_remedy(
+    settings: str, path: str, remedy: str, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (in_empty_folder / "run.yaml").write_text("{}")
+    arguments = [word for setting in settings.split(" -s ") for word in ("-s", setting)]
+    message = error_of(capsys, "run.yaml", *arguments)
+    assert "\n" not in message
+    where, _, problem = message.partition(f": {path}: ")
+    assert where.startswith("run.yaml with -s ")
+    assert remedy in problem
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "run.yaml: the file is empty; write {} to take every default"),
+        (b"train", "run.yaml: 'train' is not a mapping; its keys are model, router, parallel,"),
+        (b"train: [1]", "run.yaml: train: [1] is not a mapping; its keys are steps, batch,"),
+        (b"train: {steps: 5\n", "run.yaml:2:1: while parsing a flow mapping"),
+        (b"train: {steps: 5, steps: 6}", "run.yaml:1:19: key 'steps' stands here a second time (first in line 1)"),
+        (b"a: !!python/name:os.system", "run.yaml:1:4: could not determine a constructor"),
+        (b"\xff\xfe\x00", "run.yaml: byte 0 is not UTF-8 text; is this a YAML file?"),
+    ],
+    ids=["empty", "no mapping", "no section", "open brace", "key twice", "python tag", "binary"],
+)
+def test_a_bad_file_gives_one_line_with_its_place(
+    content: bytes, message: str, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (in_empty_folder / "run.yaml").write_bytes(content)
+    found = error_of(capsys, "run.yaml")
+    assert found.startswith(message)
+    assert "\n" not in found
+
+
+def test_a_file_that_is_not_there_suggests_one_that_is(
+    in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "did you mean models/mixtral-8x7b?" in error_of(capsys, "models/mixtral-8x7")
+    (in_empty_folder / "run").mkdir()
+    assert error_of(capsys, "run") == "run: a folder; give a YAML file"
+    (in_empty_folder / "run" / "config.yaml").write_text("{}")
+    assert error_of(capsys, "run") == "run: a folder; did you mean run/config.yaml?"
+
+
+def test_a_folder_that_cannot_be_made_is_named(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_empty_folder / "run.yaml").write_text("log: {dir: taken/run}")
+    (in_empty_folder / "taken").write_text("")
+    assert error_of(capsys, "run.yaml") == (
+        "run.yaml: log.dir: 'taken/run' cannot be a folder: taken is a file; use another name"
+    )
+
+
+def test_several_problems_are_counted_and_listed(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_empty_folder / "run.yaml").write_text("router: {top_k: 9}\ntrain: {steps: 0}\noptimiser: {}")
+    assert error_of(capsys, "run.yaml").splitlines() == [
+        "run.yaml: 3 problems",
+        "  train.steps: 0 is too small; use 1 or more",
+        "  optimiser: unknown key; did you mean optimizer?",
+        "  router.top_k: 9 exceeds model.moe.experts: 8; use at most 8",
+    ]
