@@ -109,9 +109,7 @@ def _collect(processes: list, pipes: list[Connection], folder: Path, timeout: fl
         raise TimeoutError(f"rank(s) {late} did not finish within {timeout:g} s\n" + "\n".join(stacks))
     if died:
         processes[died[0]].join(5.0)
-        raise RankError(
-            died[0], f"its process ended with exit code {processes[died[0]].exitcode} and no result"
-        )
+        raise RankError(died[0], f"its process ended with exit code {processes[died[0]].exitcode} and no result")
     if failures:
         _, rank, text = min(failures)
         raise RankError(rank, text)
@@ -171,7 +169,5 @@ def _run(rank: int, world: int, folder: str, timeout: float, job: bytes) -> Any:
     # As torch.use_deterministic_algorithms(True), without its import of the compiler (1.5 s a rank).
     torch.set_deterministic_debug_mode("error")
     store = dist.FileStore(str(Path(folder) / "store"), world)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     return fn(rank, world, *args)
