@@ -75,12 +75,16 @@ def build(owner: type[T], given: object, path: str, findings: Findings, root: ty
             findings.add(_join(path, f), f"missing and without a default; give {_allowed(kinds[f])}")
     if any(f not in values for f in _required(owner)):
         return None
-    return _construct(owner, values, path, findings)
+    unread = [key for key in given if key in kinds and key not in values]
+    return _construct(owner, values, unread, path, findings)
 
 
-def _construct(owner: type[T], values: dict[str, Any], path: str, findings: Findings) -> T | None:
-    """`owner(**values)`; each field that the owner's own check names is noted and takes its default."""
-    reset: list[str] = []
+def _construct(owner: type[T], values: dict[str, Any], unread: list[str], path: str, findings: Findings) -> T | None:
+    """`owner(**values)`; each field that the owner's own check names is noted and takes its default.
+
+    `unread` are the fields that hold defaults already because their values could not be read.
+    """
+    reset = list(unread)
     while True:
         try:
             return owner(**values)
