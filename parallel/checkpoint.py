@@ -1,0 +1,306 @@
+"""Sharded checkpoints: each rank writes its part, the folder appears complete or not at all.
+
+    checkpointer = Checkpointer(run / "checkpoints", mesh, keep=2)
+    checkpointer.save(step, {"model.w": w, "model.experts.w1": expert_dtensor(w1_eDF, mesh)}, {"tokens": 123})
+    ...
+    checkpointer.wait()
+    meta = load(checkpointer.latest(), tensors, mesh)      # another world size, or one process, is fine
+
+`torch.distributed.checkpoint`'s planners decide who writes which chunk (what is replicated is written once, in
+equal parts) and who reads which. Its storage is not used: its metadata file is a pickle, which runs code when
+it is read. Here weights are safetensors and everything else is JSON (manifest.py).
+
+A checkpoint is written to `.partial-step-…`, forced to the disk and renamed to `step-00000100`; the one it
+replaces leaves under `.trash-step-…`. So whatever bears a valid name is whole, however the process ended.
+
+All ranks must see the same directory: several hosts need a shared file system.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.planner import SavePlan
+
+from .chunks import ShardWriter, check_match, expert_dtensor, read_shards, shard_files, write_shard
+from .consult import consult
+from .manifest import FILE, Manifest, TensorEntry, check_complete, json_copy, read_manifest, write_manifest
+from .mesh import Mesh
+
+__all__ = ["Checkpointer", "expert_dtensor", "load", "newest", "read_meta"]
+
+# `step-00000100`, or `step-00000100-2` where that step is saved a second time.
+_COMPLETE = re.compile(r"step-\d{8,}(-\d+)?")
+_PARTIAL, _TRASH = ".partial-", ".trash-"
+
+_log = logging.getLogger(__name__)
+
+
+def newest(directory: Path | str, *, verify: bool = True) -> Path | None:
+    """The checkpoint of `directory` that was saved last, or None; for tools that hold no Checkpointer.
+
+    Folders whose manifest is unreadable are passed over with a warning to the log; with `verify` also those
+    with a missing or truncated shard or a tensor that is not covered.
+    """
+    for path, manifest in _by_age(Path(directory)):
+        try:
+            if verify:
+                check_complete(path, manifest)
+        except ValueError as error:
+            _log.warning("checkpoint passed over: %s", error)
+            continue
+        return path
+    return None
+
+
+def read_meta(path: Path | str) -> dict[str, Any]:
+    """The `meta` that the caller of `save` gave. Raises ValueError where `path` is not a checkpoint."""
+    return dict(read_manifest(Path(path)).meta)
+
+
+def load(path: Path | str, tensors: Mapping[str, Tensor], mesh: Mesh, *, prefix: str = "") -> dict[str, Any]:
+    """Fills `tensors` in place from the checkpoint at `path`, whatever layout wrote it; returns its `meta`.
+
+    tensors: name -> plain tensor (whole) or `expert_dtensor`; all ranks of `mesh` call this together.
+    prefix: look only at the checkpoint's tensors whose names start so (`model.` leaves the optimizer out).
+
+    Raises ValueError on every rank, before anything is changed, where the folder is damaged or its names,
+    shapes or dtypes are not exactly those of `tensors`; OSError or ValueError where reading fails later.
+    """
+    path = Path(path)
+
+    def examine() -> tuple[int, int]:
+        if not (path / FILE).exists() and (inside := newest(path, verify=False)):
+            raise ValueError(f"{path} is a directory of checkpoints; name one of them, for example {inside}")
+        manifest = read_manifest(path)
+        # One rank looks at every file: a thousand ranks would ask for a million of them.
+        if mesh.world.rank == 0:
+            check_complete(path, manifest)
+        check_match(path, manifest, tensors, prefix)
+        return manifest.step, manifest.serial
+
+    def same(seen: list[tuple[int, int]]) -> list[None]:
+        if len(set(seen)) > 1:
+            raise ValueError(f"ranks see different checkpoints at {path}: they must share the directory")
+        return [None] * len(seen)
+
+    def read() -> dict[str, Any]:
+        manifest = read_manifest(path)
+        read_shards(path, manifest, tensors)
+        return dict(manifest.meta)
+
+    consult(mesh.world.group, examine, same)
+    return consult(mesh.world.group, read, lambda metas: metas)
+
+
+@dataclass(frozen=True)
+class _Assignment:
+    """What one rank is to write."""
+
+    folder: Path
+    file: str
+    plan: SavePlan
+    manifest: Manifest
+    """Complete but for the lengths of the files."""
+
+
+class Checkpointer:
+    """Writes the checkpoints of one run into `directory`, one at a time, and keeps the newest `keep`.
+
+    All ranks of `mesh` make it and call its methods together, in the same order. One run owns a directory:
+    starting it removes what a killed run left unfinished there.
+
+    asynchronous: `save` returns when the tensors are copied to host memory; a thread with its own gloo process
+    group writes, so the training collectives of the caller's thread never meet those of the writer. Its
+    errors are raised by the next `save`, `wait`, `latest` or `close`. Otherwise `save` returns when the
+    checkpoint is complete.
+
+    Raises ValueError where `keep` is not positive, OSError where the directory cannot be made or cleaned.
+    """
+
+    def __init__(self, directory: Path | str, mesh: Mesh, *, keep: int = 2, asynchronous: bool = True) -> None:
+        if keep < 1:
+            raise ValueError(f"keep: {keep} would leave no checkpoint; use 1 or more")
+        self._directory = Path(directory)
+        self._keep = keep
+        self._asynchronous = asynchronous
+        self._layout = {axis.name: axis.size for axis in (mesh.world, mesh.data, mesh.expert)}
+        self._group: dist.ProcessGroup | None = None
+        if mesh.world.group is not None:
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._on_root(self._clean)
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Saves `tensors` as the checkpoint of `step`; waits for the one before it first.
+
+        tensors: every rank passes the same names; plain tensors are the same on all ranks and are written once,
+        those from `expert_dtensor` each rank in its part. They may be changed as soon as this returns.
+        meta: anything JSON; rank 0's is kept.
+
+        Raises ValueError on every rank where a value is not a dense tensor, names, shapes or dtypes differ
+        between ranks, experts are missing or doubled, or `meta` is not JSON; OSError where the checkpoint
+        before (or, if not asynchronous, this one) could not be written: the older ones stay as they were.
+        """
+        self.wait()
+        writer = ShardWriter(tensors)
+
+        def assign(proposals: list[SavePlan]) -> list[_Assignment]:
+            said = json_copy(meta)
+            plans, entries = writer.divide(proposals)
+            return self._assign(step, plans, entries, said)
+
+        assignment = consult(self._group, writer.propose, assign)
+        self._pending = self._thread.submit(self._write, assignment, writer.stage(assignment.plan))
+        if not self._asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written. Raises OSError where the last checkpoint was not written."""
+        if self._pending is None:
+            return
+        try:
+            self._pending.result()
+        finally:
+            # After an interrupt the writer still runs and still owns the process group.
+            if self._pending.done():
+                self._pending = None
+
+    def latest(self, *, verify: bool = True) -> Path | None:
+        """The checkpoint saved last, the same on every rank, or None; see `newest`. Waits as `wait` does."""
+        self.wait()
+        return self._on_root(lambda: newest(self._directory, verify=verify))
+
+    def close(self) -> None:
+        """Waits as `wait` does and ends the writing thread; call it before the process group is destroyed."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self._group is None else dist.get_rank(self._group)
+
+    def _on_root(self, decide: Callable[[], Any]) -> Any:
+        return consult(self._group, lambda: None, lambda answers: [decide()] * len(answers))
+
+    def _clean(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path in self._directory.iterdir():
+            if path.name.startswith((_PARTIAL, _TRASH)):
+                shutil.rmtree(path)
+
+    def _assign(
+        self, step: int, plans: list[SavePlan], entries: dict[str, TensorEntry], meta: dict[str, Any]
+    ) -> list[_Assignment]:
+        """Rank 0: makes the folder and says who writes which file into it."""
+        files = shard_files(len(plans))
+        serials = [manifest.serial for _, manifest in _by_age(self._directory, quiet=True)]
+        manifest = Manifest(
+            step=step,
+            serial=max(serials, default=0) + 1,
+            layout=self._layout,
+            meta=meta,
+            tensors=entries,
+            files={file: 0 for file, plan in zip(files, plans, strict=True) if plan.items},
+        )
+        folder = self._directory / f"{_PARTIAL}step-{step:08d}-{secrets.token_hex(4)}"
+        folder.mkdir()
+        # Only rank 0 writes the manifest: the others need not receive it.
+        brief = replace(manifest, tensors={}, meta={})
+        return [
+            _Assignment(folder, file, plan, brief if rank else manifest)
+            for rank, (file, plan) in enumerate(zip(files, plans, strict=True))
+        ]
+
+    def _write(self, assignment: _Assignment, copies: dict[str, Tensor] | Exception) -> None:
+        """Everything after the copies are taken; in the thread of its own."""
+        folder = assignment.folder
+        try:
+            consult(
+                self._group,
+                lambda: write_shard(folder / assignment.file, copies),
+                lambda lengths: [self._publish(assignment, lengths)] * len(lengths),
+            )
+        except Exception as error:
+            if self._rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"checkpoint of step {assignment.manifest.step} was not written to {self._directory}: {error} "
+                f"(older checkpoints there are untouched)"
+            ) from error
+
+    def _publish(self, assignment: _Assignment, lengths: list[int]) -> None:
+        """Rank 0, when every shard is on the disk: from partial to complete, then what is too old goes."""
+        folder, manifest = assignment.folder, assignment.manifest
+        files = dict(zip(shard_files(len(lengths)), lengths, strict=True))
+        manifest = replace(manifest, files={file: files[file] for file in manifest.files})
+        try:
+            write_manifest(folder, manifest)
+            check_complete(folder, manifest)
+        except ValueError as error:
+            raise ValueError(f"{error} (do all ranks share this directory?)") from error
+        _sync_folder(folder)
+        name = f"step-{manifest.step:08d}"
+        # A step saved before keeps its folder until this one is complete: there is never a moment without.
+        names = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
+        target = next(path for each in names if not (path := self._directory / each).exists())
+        folder.rename(target)
+        _sync_folder(self._directory)
+        self._prune()
+
+    def _prune(self) -> None:
+        whole = [path for path, manifest in _by_age(self._directory, quiet=True) if _is_complete(path, manifest)]
+        for path in whole[self._keep :]:
+            trash = self._directory / f"{_TRASH}{path.name}-{secrets.token_hex(4)}"
+            try:
+                path.rename(trash)
+                shutil.rmtree(trash)
+            except OSError as error:
+                # The checkpoint that was just written is good: this is no reason to stop.
+                _log.warning("old checkpoint %s could not be removed: %s", path, error)
+
+
+def _by_age(directory: Path, *, quiet: bool = False) -> list[tuple[Path, Manifest]]:
+    """The folders with a valid name and a readable manifest, newest first."""
+    found: list[tuple[Path, Manifest]] = []
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if not _COMPLETE.fullmatch(path.name):
+            continue
+        try:
+            found.append((path, read_manifest(path)))
+        except ValueError as error:
+            if not quiet:
+                _log.warning("checkpoint passed over: %s", error)
+    return sorted(found, key=lambda item: item[1].serial, reverse=True)
+
+
+def _is_complete(path: Path, manifest: Manifest) -> bool:
+    try:
+        check_complete(path, manifest)
+    except ValueError:
+        return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Forces the folder's entries to the disk: a file without its name is as good as lost."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

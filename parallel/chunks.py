@@ -1,0 +1,201 @@
+"""One rank's part of a checkpoint: which chunks it writes or reads, and the bytes of them.
+
+`torch.distributed.checkpoint`'s planners cut tensors into chunks, give each replicated one to a single rank (the
+one with least to write so far) and find the chunks that overlap what a rank wants, whatever layout wrote them.
+Storage is safetensors, one file per rank. No communication here; checkpoint.py carries plans between ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from .manifest import Chunk, Manifest, TensorEntry, check_coverage, some
+from .mesh import Mesh
+
+
+def expert_dtensor(local: Tensor, mesh: Mesh) -> Tensor:
+    """Says that `local` [e, ...] is this rank's part of [E, ...]: sharded over experts, replicated over data.
+
+    Shares memory with `local`, so loading into the result fills `local`. Every rank of the expert axis must
+    hold the same number of experts. Without a process group `local` is the whole and comes back as it is.
+    """
+    if mesh.device_mesh is None:
+        return local
+    return DTensor.from_local(local.detach(), mesh.device_mesh, [Replicate(), Shard(0)], run_check=False)
+
+
+def shard_files(count: int) -> list[str]:
+    """Names of the files that `count` ranks write."""
+    return [f"shard-{rank:05d}-of-{count:05d}.safetensors" for rank in range(count)]
+
+
+class ShardWriter:
+    """One rank's way through a save: `propose`, on rank 0 `divide` for all, `stage`, then `write`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+        self._planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def propose(self) -> SavePlan:
+        """Every chunk this rank could write. Raises ValueError where a value is not a dense tensor."""
+        for name, tensor in self._tensors.items():
+            _check_dense(name, tensor)
+        self._planner.set_up_planner(self._tensors)
+        return self._planner.create_local_plan()
+
+    def divide(self, proposals: list[SavePlan]) -> tuple[list[SavePlan], dict[str, TensorEntry]]:
+        """Who writes what (one plan per rank), and what a manifest says of it.
+
+        Raises ValueError where ranks disagree about names, dtypes or shapes, or where the chunks of all ranks
+        do not cover a tensor exactly once: an expert that nobody holds, or two hold.
+        """
+        _check_agreement(proposals)
+        plans, _ = self._planner.create_global_plan(proposals)
+        entries: dict[str, TensorEntry] = {}
+        for file, plan in zip(shard_files(len(plans)), plans, strict=True):
+            for item in plan.items:
+                data = item.tensor_data
+                assert data is not None
+                chunk = Chunk(file, tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+                whole = TensorEntry(data.properties.dtype, tuple(data.size), ())
+                entry = entries.get(item.index.fqn, whole)
+                entries[item.index.fqn] = replace(entry, chunks=(*entry.chunks, chunk))
+        for name, entry in entries.items():
+            check_coverage(name, entry)
+        return plans, entries
+
+    def stage(self, plan: SavePlan) -> dict[str, Tensor] | Exception:
+        """Copies of this rank's chunks in host memory; or what went wrong, for `write_shard` to raise.
+
+        Ranks meet again when they have written: one that raised before would leave the others waiting.
+        """
+        items = self._planner.finish_plan(plan).items
+        try:
+            return {item.index.fqn: _host_copy(cast(Tensor, self._planner.resolve_data(item))) for item in items}
+        except (RuntimeError, MemoryError) as error:
+            return error
+
+
+def _check_dense(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}; a checkpoint holds tensors, put the rest into meta")
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        raise ValueError(f"{name} is not a dense tensor with values ({tensor.layout}, on {tensor.device})")
+
+
+def _check_agreement(plans: list[SavePlan]) -> None:
+    """Same names, dtypes and global shapes on every rank; otherwise one rank's copy would silently win."""
+    described = [
+        {item.index.fqn: (data.properties.dtype, list(data.size)) for item in plan.items if (data := item.tensor_data)}
+        for plan in plans
+    ]
+    for rank, other in enumerate(described):
+        for name in sorted(described[0].keys() | other.keys()):
+            here, there = described[0].get(name, "missing"), other.get(name, "missing")
+            if here != there:
+                raise ValueError(f"{name} differs between ranks: {here} on rank 0, {there} on rank {rank}")
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def write_shard(path: Path, copies: dict[str, Tensor] | Exception) -> int:
+    """Writes one rank's file, forces it to the disk and returns its length; no file where there is nothing."""
+    if isinstance(copies, Exception):
+        raise copies
+    if not copies:
+        return 0
+    try:
+        save_file(copies, path)
+        # safetensors makes files for the owner alone; a checkpoint is as readable as its folder.
+        path.chmod(path.parent.stat().st_mode & 0o666)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        return path.stat().st_size
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path.name}: {error}") from error
+
+
+def check_match(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    saved = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
+    shared = sorted(saved.keys() & tensors.keys())
+    shapes = [
+        f"{name} {list(saved[name].shape)}, here {list(tensors[name].shape)}"
+        for name in shared
+        if saved[name].shape != tuple(tensors[name].shape)
+    ]
+    dtypes = [
+        f"{name} {saved[name].dtype}, here {tensors[name].dtype}"
+        for name in shared
+        if saved[name].dtype != tensors[name].dtype
+    ]
+    problems = {
+        "not in the checkpoint": sorted(tensors.keys() - saved.keys()),
+        "only in the checkpoint": sorted(saved.keys() - tensors.keys()),
+        "of another shape": shapes,
+        "of another dtype": dtypes,
+    }
+    found = [f"{len(names)} {what}: {some(names)}" for what, names in problems.items() if names]
+    if found:
+        raise ValueError(
+            f"{path} does not fit: {'; '.join(found)}. Use the model and optimizer settings that it was saved with"
+        )
+
+
+def read_shards(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Copies what this rank holds of `tensors` out of the shards that have it."""
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(dict(tensors), _planner_metadata(manifest), is_coordinator=False)
+    plan = planner.finish_plan(planner.create_local_plan())
+    chunks = {(name, chunk.offset): chunk for name, entry in manifest.tensors.items() for chunk in entry.chunks}
+    wanted: dict[str, list[tuple[Chunk, ReadItem]]] = {}
+    for item in plan.items:
+        index = item.storage_index
+        chunk = chunks[index.fqn, tuple(index.offset or ())]
+        wanted.setdefault(chunk.file, []).append((chunk, item))
+    for file, reads in wanted.items():
+        try:
+            with safe_open(path / file, framework="pt") as shard:
+                for chunk, item in reads:
+                    name = item.storage_index.fqn
+                    stored = shard.get_tensor(name)
+                    entry = manifest.tensors[name]
+                    if (stored.dtype, tuple(stored.shape)) != (entry.dtype, chunk.shape):
+                        raise ValueError(f"{path} is damaged: {name} in {file} is not what the manifest says")
+                    for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                        stored = stored.narrow(dim, start, length)
+                    planner.resolve_tensor(item).detach().copy_(stored)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {file} is unreadable: {error}") from error
+
+
+def _planner_metadata(manifest: Manifest) -> Metadata:
+    return Metadata(
+        {
+            name: TensorStorageMetadata(
+                TensorProperties(dtype=entry.dtype),
+                torch.Size(entry.shape),
+                [ChunkStorageMetadata(torch.Size(c.offset), torch.Size(c.shape)) for c in entry.chunks],
+            )
+            for name, entry in manifest.tensors.items()
+        }
+    )

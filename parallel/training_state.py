@@ -1,0 +1,126 @@
+"""A model and its optimizer as one flat dict of named tensors: what a checkpoint saves and loads.
+
+Names are `model.<parameter or persistent buffer>` and `optimizer.<parameter>.<key of its state>`: by name, not by
+index, so state survives a change of order. Any optimizer whose state is tensors fits: on loading, its state is
+laid out from what the checkpoint lists, not from what the optimizer would create.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import load
+from .chunks import expert_dtensor
+from .manifest import TensorEntry, read_manifest
+from .mesh import Mesh
+
+__all__ = ["load_training_state", "training_state"]
+
+_MODEL, _OPTIMIZER = "model.", "optimizer."
+
+
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, mesh: Mesh, is_expert: Callable[[str], bool]
+) -> dict[str, Tensor]:
+    """Names every parameter, persistent buffer and optimizer state tensor; all share memory with the originals.
+
+    is_expert: whether the parameter or buffer of this name holds this rank's experts only ([e, ...] of [E, ...]).
+    Of an expert parameter's optimizer state, what has its first dim e is sharded as it is; other state (a scalar
+    step) must be the same on all ranks. A parameter known by several names (tied weights) appears once.
+
+    Raises ValueError where optimizer state is not tensors, or belongs to a parameter that the model lacks.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _model_tensors(model):
+        local = tensor.detach()
+        tensors[_MODEL + name] = expert_dtensor(local, mesh) if is_expert(name) else local
+    if optimizer is None:
+        return tensors
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, state in optimizer.state.items():
+        if parameter not in names:
+            raise ValueError(f"the optimizer holds state of a parameter {list(parameter.shape)} that the model lacks")
+        name = names[parameter]
+        for key, value in state.items():
+            # What an optimizer has not created yet is no state (SGD without momentum).
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or "." in key:
+                raise ValueError(
+                    f"optimizer state {key!r} of {name} is a {type(value).__name__}; a checkpoint holds tensors "
+                    f"under keys without dots"
+                )
+            sharded = is_expert(name) and value.shape[:1] == parameter.shape[:1]
+            tensors[f"{_OPTIMIZER}{name}.{key}"] = expert_dtensor(value, mesh) if sharded else value
+    return tensors
+
+
+def load_training_state(
+    path: Path | str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    mesh: Mesh,
+    is_expert: Callable[[str], bool],
+) -> dict[str, Any]:
+    """Loads the checkpoint at `path` into the model and the optimizer, stepped before or not; returns its `meta`.
+
+    Without an optimizer only the model is loaded. Hyperparameters (learning rate, decay) stay the optimizer's.
+    All ranks of `mesh` call this together. Raises what `load` raises; unless a file failed while it was read,
+    nothing has changed then.
+    """
+    if optimizer is None:
+        return load(path, training_state(model, None, mesh, is_expert), mesh, prefix=_MODEL)
+    before = dict(optimizer.state)
+    try:
+        _lay_out(optimizer, model, _entries(path), mesh, is_expert)
+        return load(path, training_state(model, optimizer, mesh, is_expert), mesh)
+    except Exception:
+        optimizer.state.clear()
+        optimizer.state.update(before)
+        raise
+
+
+def _entries(path: Path | str) -> Mapping[str, TensorEntry]:
+    try:
+        return read_manifest(Path(path)).tensors
+    except ValueError:
+        # `load` will say so, on every rank.
+        return {}
+
+
+def _model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    persistent = model.state_dict(keep_vars=True)
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
+
+
+def _lay_out(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    entries: Mapping[str, TensorEntry],
+    mesh: Mesh,
+    is_expert: Callable[[str], bool],
+) -> None:
+    """Gives `optimizer` uninitialised state of the names, dtypes and local shapes that `entries` list."""
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for full_name, entry in entries.items():
+        name, _, key = full_name.removeprefix(_OPTIMIZER).rpartition(".")
+        parameter = parameters.get(name)
+        # Left out here, the names that do not fit are reported by `load` all together.
+        if not full_name.startswith(_OPTIMIZER) or parameter is None or parameter not in groups:
+            continue
+        shape = entry.shape
+        if is_expert(name) and shape and shape[0] == parameter.shape[0] * mesh.expert.size:
+            shape = (parameter.shape[0], *shape[1:])
+        # torch's optimizers count steps on the CPU unless their kernel reads the count.
+        group = groups[parameter]
+        on_host = not entry.shape and not (group.get("capturable") or group.get("fused"))
+        device = torch.device("cpu") if on_host else parameter.device
+        optimizer.state[parameter][key] = torch.zeros(shape, dtype=entry.dtype, device=device)
