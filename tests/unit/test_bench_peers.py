@@ -1,0 +1,99 @@
+"""Every peer of `bench train` computes the same function of the same weights, and one that does not is not timed."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from wastenot.moe.config import ModelConfig, MoEConfig
+from wastenot.tools.bench import train
+from wastenot.tools.bench.cases import Case, cases, make_weights
+from wastenot.tools.bench.peers import roster
+from wastenot.tools.bench.peers.remote import RemoteStep
+from wastenot.tools.bench.peers.roster import ENTRIES, OURS, REFERENCE, LeftOut, start
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two test runs on the same cores would otherwise wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(top_k=2, **changes):
+    moe = MoEConfig(experts=4, d_expert=32)
+    model = ModelConfig(vocab_size=64, d_model=32, layers=2, heads=4, kv_heads=2, moe=moe, init_std=0.2)
+    return dataclasses.replace(Case(name="tiny", model=model, top_k=top_k, batch=2, seq_len=16), **changes)
+
+
+def entry(name):
+    return next(entry for entry in ENTRIES if entry.name == name)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    contender = start(entry(REFERENCE), tiny())
+    return contender.probe()
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in ENTRIES])
+# Megatron-Core and DeepSpeed warn about CUDA libraries that a CPU does not have.
+@pytest.mark.filterwarnings("ignore")
+def test_peer_agrees_with_the_reference_and_trains(name, reference):
+    contender = start(entry(name), tiny())
+    try:
+        loss, norm = contender.probe()
+        assert loss == pytest.approx(reference[0], rel=1e-5)
+        assert norm == pytest.approx(reference[1], rel=1e-5)
+        assert contender.run() > 0
+        stepped, _ = contender.probe()
+        assert stepped < loss, "one AdamW step on the batch lowers its loss"
+    finally:
+        contender.close()
+
+
+@pytest.mark.parametrize("name", [OURS, "transformers grouped_mm", "deepspeed"])
+def test_peer_agrees_with_more_than_two_choices(name):
+    case = tiny(top_k=3)
+    expected = start(entry(REFERENCE), case).probe()
+    assert start(entry(name), case).probe() == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_are_a_pure_function_of_the_case():
+    once, again = make_weights(tiny()), make_weights(tiny())
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    assert not torch.equal(once["lm_head.weight"], make_weights(tiny(seed=1))["lm_head.weight"])
+
+
+def test_quick_is_two_cases_and_the_rest_three():
+    assert [case.name for case in cases(True)] == ["few experts", "fine-grained"]
+    assert [case.name for case in cases(False)] == ["few experts", "fine-grained", "wide"]
+
+
+def test_contender_that_disagrees_is_not_timed(monkeypatch):
+    def start_wrong(wanted, case):
+        return start(wanted, tiny(seed=5) if wanted.name == "transformers grouped_mm" else case)
+
+    monkeypatch.setattr(train, "start", start_wrong)
+    entries = (entry(OURS), entry(REFERENCE), entry("transformers grouped_mm"))
+    rows, goals = train.run_case(tiny(), entries, rounds=2, warmup=0, say=lambda text: None)
+    ours, plain, wrong = rows
+    assert ours["tokens_per_second"] > 0 and plain["wastenot_speedup"] > 0
+    assert wrong["tokens_per_second"] is None and wrong["seconds_per_step"] is None
+    assert wrong["loss_difference"] > train.LOSS_TOLERANCE
+    assert "not timed" in wrong["why_not"]
+    measured = next(goal for goal in goals if "peers measured" in goal.metric)
+    assert (measured.value, measured.met) == (1, False)
+
+
+def test_peer_that_is_not_installed_is_left_out_and_said_so(monkeypatch):
+    monkeypatch.setattr(roster.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LeftOut, match=r"deepspeed is not installed: pip install 'wastenot\[bench\]'"):
+        start(entry("deepspeed"), tiny())
+
+
+def test_failure_in_another_process_is_told():
+    with pytest.raises(RuntimeError, match="no_such_peer"):
+        RemoteStep("no_such_peer", tiny())

@@ -1,0 +1,1 @@
+"""Benchmarks by name: `wastenot bench NAME` prints what was measured and which goals are met."""

@@ -1,0 +1,57 @@
+"""Takes turns: each round runs every contender once, so that what disturbs one disturbs all."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of each contender, one number per round, rounds aligned."""
+
+    seconds: Mapping[str, list[float]]
+
+    def median(self, name: str) -> float:
+        """Median seconds of one round of `name`."""
+        return statistics.median(self.seconds[name])
+
+    def ratios(self, name: str, base: str) -> list[float]:
+        """Per round, how many times as fast as `base` the contender `name` was."""
+        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+        return [theirs / ours for ours, theirs in pairs]
+
+    def ratio(self, name: str, base: str) -> float:
+        """Median over the rounds of `ratios`: noise that lasts longer than a round cancels within it."""
+        return statistics.median(self.ratios(name, base))
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], float]],
+    *,
+    rounds: int,
+    warmup: int,
+    say: Callable[[str], None] = lambda text: None,
+    seed: int = 0,
+) -> Timings:
+    """Runs `warmup + rounds` rounds and keeps the last `rounds`.
+
+    `contenders` maps a name to a function that does its work once and returns the seconds it took. Their
+    order is drawn anew each round, so that nobody always runs in the cache (or the spinning threads) of the same
+    other. Raises ValueError for rounds < 1 or warmup < 0.
+    """
+    if rounds < 1 or warmup < 0:
+        raise ValueError(f"rounds: {rounds} and warmup: {warmup} measure nothing; use 1 or more, 0 or more")
+    draw = random.Random(seed)
+    order = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(warmup + rounds):
+        draw.shuffle(order)
+        for name in order:
+            took = contenders[name]()
+            if number >= warmup:
+                seconds[name].append(took)
+        say(f"round {number + 1} of {warmup + rounds}" + (" (warm-up)" if number < warmup else ""))
+    return Timings(seconds)

@@ -1,0 +1,183 @@
+"""Benchmark `parity`: the real trainer gives the same losses and gradient norms at every (expert, data) layout.
+
+Each run goes through the launch path that users take: local ranks, a YAML file, metrics.jsonl. All train the
+same model on the same global batches, and are held against the run on one rank, step by step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ...launch.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    LoopConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from ...launch.corpus import prepare_files
+from ...launch.local import run_ranks
+from ...launch.metrics import read_metrics
+from ...launch.settings import dump_config
+from ...moe.config import EmulateConfig, ModelConfig, MoEConfig, RouterConfig
+from ...parallel.config import ParallelConfig
+from .report import Goal, Report, Row, at_most, environment
+
+LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
+"""(expert, data) degrees; the first is what the others are held against."""
+
+STEPS = 30
+LOSS_BOUND = {"fp64": 1e-9, "fp32": 1e-5}
+NORM_BOUND = {"fp64": 1e-9, "fp32": 1e-4}
+"""Largest relative difference at any step."""
+
+# The widest world: emulated sources must be a multiple of every world compared (METHODS R10).
+EMULATED = EmulateConfig(sources=4, owners=4)
+
+ROUTERS = {
+    "dropless": RouterConfig(balance_over="global"),
+    "capacity": RouterConfig(capacity_factor=1.0, emulate=EMULATED),
+    "capacity, padded": RouterConfig(capacity_factor=1.0, emulate=EMULATED),
+}
+"""Mode and its routing: losses over the global batch, or capacity and losses per emulated rank."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one run said of its steps."""
+
+    losses: list[float]
+    norms: list[float]
+    dropped: float
+    """Largest part of the choices that were dropped in a step."""
+
+
+def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
+    """Trains at every layout, mode and precision. Raises RuntimeError where a run fails."""
+    modes = [mode for mode in ROUTERS if not (quick and mode == "capacity, padded")]
+    rows: list[Row] = []
+    goals: list[Goal] = []
+    with tempfile.TemporaryDirectory(prefix="wastenot-parity-") as folder:
+        corpus = make_corpus(Path(folder))
+        for mode in modes:
+            for precision in ("fp64", "fp32"):
+                curves = {}
+                for expert, data in LAYOUTS:
+                    say(f"{mode}, {precision}: expert {expert} x data {data}")
+                    where = Path(folder) / f"{mode}-{precision}-{expert}x{data}".replace(", ", "-")
+                    curves[expert, data] = train(configure(mode, precision, expert, data, corpus, where))
+                new_rows, new_goals = compare(mode, precision, curves)
+                rows += new_rows
+                goals += new_goals
+    notes = [f"largest relative difference over {STEPS} steps to the run at expert 1 x data 1, same global batches"]
+    if quick:
+        notes.append("quick: left out capacity mode with padded (static) splits")
+    return Report(name="parity", command=command, env=environment(["numpy"]), rows=rows, goals=goals, notes=notes)
+
+
+def configure(
+    mode: str, precision: Literal["fp32", "fp64"], expert: int, data: int, corpus: Path, where: Path
+) -> TrainConfig:
+    """A run of the tiny model at one layout; fp64 takes the reference kernels."""
+    moe = MoEConfig(experts=8, d_expert=64, dispatch="padded" if "padded" in mode else "ragged")
+    return TrainConfig(
+        model=ModelConfig(d_model=64, layers=2, heads=4, kv_heads=2, moe=moe),
+        router=ROUTERS[mode],
+        parallel=ParallelConfig(expert=expert, data=data),
+        optimizer=OptimizerConfig(lr=1e-3),
+        schedule=ScheduleConfig(warmup_steps=5),
+        data=DataConfig(corpus=str(corpus), tokenizer="bytes", seq_len=64, dir=str(where.parent)),
+        train=LoopConfig(steps=STEPS, batch=8, precision=precision, eval_batch=16, sample_tokens=0),
+        checkpoint=CheckpointConfig(every=0),
+        log=LogConfig(dir=str(where), every=1, tensorboard=False),
+        kernels="reference" if precision == "fp64" else "auto",
+    )
+
+
+def make_corpus(folder: Path) -> Path:
+    """A prepared corpus of made-up sentences: the same bytes on every machine."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 7))) for _ in range(200)]
+    weights = [1 / rank for rank in range(1, len(words) + 1)]
+    sentences = [" ".join(draw.choices(words, weights, k=draw.randint(4, 12))) + "." for _ in range(1200)]
+    text = folder / "made-up.txt"
+    text.write_text(" ".join(sentences), encoding="utf-8")
+    return prepare_files([text], DataConfig(tokenizer="bytes", dir=str(folder)), progress=False)
+
+
+def train(config: TrainConfig) -> Curve:
+    """Runs `config` on local ranks. Raises RuntimeError, with what they printed last, unless all steps are there."""
+    folder = Path(config.log.dir)
+    file, output = folder.with_suffix(".yaml"), folder.with_suffix(".txt")
+    file.write_text(dump_config(config), encoding="utf-8")
+    with _output_in(output):
+        code = run_ranks([str(file)], config.parallel.world())
+    lines = [line for line in read_metrics(folder) if "loss" in line] if code == 0 else []
+    if [line["step"] for line in lines] != list(range(1, config.train.steps + 1)):
+        raise RuntimeError(f"run {folder.name} ended with code {code}; it said:\n{output.read_text()[-4000:]}")
+    return Curve(
+        [line["loss"] for line in lines],
+        [line["grad_norm"] for line in lines],
+        max(line.get("dropped_ratio", 0.0) for line in lines),
+    )
+
+
+def compare(mode: str, precision: str, curves: dict[tuple[int, int], Curve]) -> tuple[list[Row], list[Goal]]:
+    """Every layout against the first, and the two goals of this mode and precision."""
+    alone = curves[LAYOUTS[0]]
+    rows: list[Row] = []
+    for (expert, data), curve in curves.items():
+        rows.append(
+            {
+                "mode": mode,
+                "precision": precision,
+                "expert": expert,
+                "data": data,
+                "loss_difference": largest_difference(curve.losses, alone.losses),
+                "grad_norm_difference": largest_difference(curve.norms, alone.norms),
+                "bitwise": curve.losses == alone.losses and curve.norms == alone.norms,
+                "first_loss": curve.losses[0],
+                "last_loss": curve.losses[-1],
+                "dropped_ratio": curve.dropped,
+            }
+        )
+    worst_loss = max(row["loss_difference"] for row in rows)
+    worst_norm = max(row["grad_norm_difference"] for row in rows)
+    return rows, [
+        at_most(f"{mode}, {precision}: loss", worst_loss, LOSS_BOUND[precision]),
+        at_most(f"{mode}, {precision}: gradient norm", worst_norm, NORM_BOUND[precision]),
+    ]
+
+
+def largest_difference(values: list[float], reference: list[float]) -> float:
+    """Largest relative difference of two curves of the same length."""
+    return max(abs(a - b) / abs(b) for a, b in zip(values, reference, strict=True))
+
+
+@contextlib.contextmanager
+def _output_in(path: Path) -> Iterator[None]:
+    """Sends what this process and its children print to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, number in zip(kept, (1, 2), strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)

@@ -1,0 +1,56 @@
+"""Hugging Face transformers' Mixtral, with its own choice of expert implementations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from ..cases import Case, expert_stacks
+from ..step import token_loss
+
+
+class Mixtral(nn.Module):
+    """MixtralForCausalLM that answers with its loss alone."""
+
+    def __init__(self, model: MixtralForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        return token_loss(self.model(input_ids=inputs_BS).logits, targets_BS)
+
+
+def build(case: Case, weights: dict[str, Tensor], *, experts: str) -> Mixtral:
+    """Mixtral of `case` with `experts` = `eager` (a loop over experts) or `grouped_mm`, attention by SDPA."""
+    model = MixtralForCausalLM(_config(case, attn_implementation="sdpa", experts_implementation=experts))
+    assert case.model.moe is not None
+    state = {name.replace(".block_sparse_moe.", ".mlp."): w for name, w in weights.items() if ".experts." not in name}
+    for layer in range(case.model.layers):
+        gate_up_EGD, down_EDF = expert_stacks(weights, layer, case.model.moe.experts)
+        state[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = gate_up_EGD
+        state[f"model.layers.{layer}.mlp.experts.down_proj"] = down_EDF
+    model.load_state_dict(state)
+    return Mixtral(model)
+
+
+def _config(case: Case, **more: Any) -> MixtralConfig:
+    model = case.model
+    assert model.moe is not None
+    return MixtralConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.d_model,
+        intermediate_size=model.moe.d_expert,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.num_kv_heads,
+        head_dim=model.head_width,
+        max_position_embeddings=case.seq_len,
+        rms_norm_eps=model.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        num_experts_per_tok=case.top_k,
+        num_local_experts=model.moe.experts,
+        use_cache=False,
+        **more,
+    )

@@ -1,0 +1,98 @@
+"""The contenders of the `train` benchmark and how each is started."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..cases import Case, make_batch, make_weights
+from ..step import TrainingStep
+from .remote import RemoteStep
+
+
+class Contender(Protocol):
+    """A model ready to train on the batch of one case."""
+
+    def probe(self) -> tuple[float, float]:
+        """Loss and gradient norm of the first batch; leaves the weights alone."""
+        ...
+
+    def run(self) -> float:
+        """Does one step and returns its seconds."""
+        ...
+
+    def close(self) -> None:
+        """Releases what it holds."""
+        ...
+
+
+class LeftOut(Exception):  # noqa: N818 (not a failure: the report says why)
+    """A contender that this installation cannot run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of the benchmark's tables."""
+
+    name: str
+    module: str
+    """File of this folder that builds it."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Arguments of its `build`."""
+    package: str = ""
+    """Package it needs, as it is imported ..."""
+    distribution: str = ""
+    """... and as it is installed."""
+    own_process: bool = False
+    """It patches the process it runs in."""
+    in_profile: bool = False
+    """Also measured op by op."""
+
+
+OURS = "wastenot"
+REFERENCE = "transformers eager"
+"""The plainest implementation: its loss and gradient norm are those that the others must meet."""
+
+ENTRIES = (
+    Entry(name=OURS, module="own", in_profile=True),
+    Entry(
+        name=REFERENCE,
+        module="huggingface",
+        options={"experts": "eager"},
+        package="transformers",
+        distribution="transformers",
+        in_profile=True,
+    ),
+    Entry(
+        name="transformers grouped_mm",
+        module="huggingface",
+        options={"experts": "grouped_mm"},
+        package="transformers",
+        distribution="transformers",
+        in_profile=True,
+    ),
+    Entry(name="deepspeed", module="deepspeed", package="deepspeed", distribution="deepspeed"),
+    Entry(
+        name="megatron-core",
+        module="megatron",
+        package="megatron",
+        distribution="megatron-core",
+        own_process=True,
+    ),
+)
+
+
+def start(entry: Entry, case: Case) -> Contender:
+    """The contender with the weights and the batch of `case`. Raises LeftOut where it cannot run here."""
+    if entry.package and importlib.util.find_spec(entry.package) is None:
+        raise LeftOut(f"{entry.distribution} is not installed: pip install 'wastenot[bench]'")
+    peer = importlib.import_module(f".{entry.module}", __package__)
+    reason = peer.missing() if hasattr(peer, "missing") else ""
+    if reason:
+        raise LeftOut(reason)
+    if entry.own_process:
+        return RemoteStep(entry.module, case)
+    return TrainingStep(peer.build(case, make_weights(case), **entry.options), *make_batch(case))

@@ -1,0 +1,33 @@
+"""Benchmarks by name, imported only when they run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Protocol
+
+from .report import Report
+
+BENCHMARKS = {
+    "train": "tokens/s of a training step against other MoE implementations",
+    "parity": "the same losses and gradient norms at every (expert, data) layout",
+}
+"""Name (also its module's) and what it measures."""
+
+
+class Benchmark(Protocol):
+    """A benchmark's module."""
+
+    def run(self, *, quick: bool, command: str, say: Callable[[str], None]) -> Report:
+        """Measures; `quick` in 10 minutes on 2 cores. `command` goes into the report, `say` hears progress.
+
+        Raises UserError where what it needs is missing.
+        """
+        ...
+
+
+def load(name: str) -> Benchmark:
+    """The benchmark called `name`. Raises ValueError for a name that is not in BENCHMARKS."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"no benchmark is called {name!r}; there are {', '.join(BENCHMARKS)}")
+    return importlib.import_module(f".{name}", __package__)  # type: ignore[return-value]
