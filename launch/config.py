@@ -49,7 +49,7 @@ class ScheduleConfig:
             raise ValueError(f"warmup_steps: {self.warmup_steps} is negative; use 0 or more")
         for name in ("min_lr_ratio", "decay_ratio"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is outside [0, 1]")
+                raise ValueError(f"{name}: {getattr(self, name)} is outside [0, 1]; use for example 0.1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,10 @@ class LoopConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is negative; use 0 or more")
         if self.batch % self.accumulate:
-            raise ValueError(f"accumulate: {self.accumulate} does not divide batch: {self.batch}")
+            nearest = min(
+                (n for n in range(1, self.batch + 1) if self.batch % n == 0), key=lambda n: abs(n - self.accumulate)
+            )
+            raise ValueError(f"accumulate: {self.accumulate} does not divide batch: {self.batch}; use {nearest}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,13 @@ def _positive(owner: object, *names: str) -> None:
             raise ValueError(f"{name}: {value} is too small; use 1 or more")
 
 
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
+
+
+_USUAL = {"rope_theta": "10000", "norm_eps": "1e-6", "init_std": "0.02"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmulateConfig:
     """Emulated ranks (METHODS R10): one process routes as `sources` ranks with `owners` expert owners would."""
@@ -71,6 +78,8 @@ class RouterConfig:
             raise ValueError(f"capacity_factor: {self.capacity_factor} leaves no slot; use a positive factor or null")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter: {self.jitter} is outside [0, 1); use for example 0.01")
+        if self.scale <= 0:
+            raise ValueError(f"scale: {self.scale} is not positive; use 1.0 for plain weights")
         if self.skew < 0:
             raise ValueError(f"skew: {self.skew} is negative; use 0 (uniform) or more")
         for name in ("balance_loss", "z_loss", "bias_update"):
@@ -138,11 +147,20 @@ class ModelConfig:
         _positive(self, "d_model", "layers", "heads")
         if self.vocab_size < 0:
             raise ValueError(f"vocab_size: {self.vocab_size} is negative; use 0 to take the tokenizer's")
+        for name in ("kv_heads", "d_head", "d_ff"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is negative; use 0 for the default, or more")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is not positive; use for example {_USUAL[name]}")
         if self.d_head == 0 and self.d_model % self.heads:
-            raise ValueError(f"heads: {self.heads} does not divide d_model: {self.d_model}; set d_head or other heads")
-        kv_heads = self.kv_heads or self.heads
-        if kv_heads < 1 or self.heads % kv_heads:
-            raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads: {self.heads}")
+            nearest = _nearest_divisor(self.d_model, self.heads)
+            raise ValueError(
+                f"heads: {self.heads} does not divide d_model: {self.d_model}; use {nearest}, or set d_head"
+            )
+        if self.heads % self.num_kv_heads:
+            nearest = _nearest_divisor(self.heads, self.num_kv_heads)
+            raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads: {self.heads}; use {nearest}")
         if self.head_width % 2:
             raise ValueError(
                 f"d_head: {self.head_width} is odd, which rotary embeddings cannot turn; use an even width"

@@ -79,7 +79,8 @@ class Decoder(nn.Module):
         super().__init__()
         if config.vocab_size < 1:
             raise ValueError("vocab_size: 0 is only for configurations that a tokenizer completes; set the size")
-        self.config, self.backend = config, backend
+        self.config = config
+        self.backend: Backend = backend
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(
             Block(config, router, layer, mesh, piece_bytes, backend) for layer in range(config.layers)
@@ -94,7 +95,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BS: Tensor, cache: KVCache | None = None) -> DecoderOutput:
         """Hidden states of `tokens_BS` (int64); with a `cache`, of tokens that follow what it holds."""
-        B, S = tokens_BS.shape
+        S = tokens_BS.size(1)
         x_BSD = self.embedding(tokens_BS)
         positions = cache.positions(S) if cache is not None else torch.arange(S, device=tokens_BS.device)
         table = rotary_table(positions, self.config.head_width, self.config.rope_theta, x_BSD.dtype)

@@ -51,7 +51,8 @@ class TopKRouter(nn.Module):
 
     def __init__(self, d_model: int, num_experts: int, config: RouterConfig, backend: Backend = "auto") -> None:
         super().__init__()
-        self.config, self.num_experts, self.backend = config, num_experts, backend
+        self.config, self.num_experts = config, num_experts
+        self.backend: Backend = backend
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         # Steers selection only, never weights; moved by `losses.update_bias`.
         self.register_buffer("bias_E", torch.zeros(num_experts))

@@ -1,0 +1,76 @@
+"""What a run tells about itself while it goes: metrics.jsonl, TensorBoard, console."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends one JSON object a line, and the same numbers to TensorBoard where it is installed."""
+
+    def __init__(self, folder: Path, tensorboard: bool) -> None:
+        self.path = folder / FILE_NAME
+        mend_last_line(self.path)
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._board = _board(folder / "tensorboard") if tensorboard else None
+        self.note = "" if self._board or not tensorboard else "no TensorBoard events: pip install 'wastenot[viz]'"
+
+    def write(self, **values: Any) -> None:
+        """Writes one line; it is with the operating system when this returns, so a killed run loses none."""
+        self._file.write(json.dumps(values) + "\n")
+        if self._board is not None and "step" in values:
+            for name, value in values.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        """Flushes to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def mend_last_line(path: Path) -> None:
+    """Ends a line that a killed run left half-written, so that the next one starts on its own."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
+def read_metrics(folder: Path) -> Iterator[Mapping[str, Any]]:
+    """The lines of a run's metrics.jsonl; a half-written one is passed over.
+
+    A resumed run writes again what the killed one had written after its last checkpoint: of several lines of one
+    step and kind the last is the one that counts.
+    """
+    path = folder / FILE_NAME
+    if not path.exists():
+        return
+    last: dict[tuple[Any, bool], Mapping[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        key = (values.get("step"), "val_loss" in values)
+        last.pop(key, None)
+        last[key] = values
+    yield from sorted(last.values(), key=lambda values: values.get("step") or 0)
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))

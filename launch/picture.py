@@ -1,0 +1,106 @@
+"""One picture of a run: how well it predicts held-out text, and how evenly its experts work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def draw(path: Path, lines: Sequence[Mapping[str, Any]], ngram: Mapping[str, float]) -> Path | None:
+    """Draws metrics lines to `path` as PNG; None where matplotlib is not installed or nothing was logged."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "val_bits_per_byte" in line]
+    if not steps:
+        return None
+    loads = [line for line in steps if line.get("expert_load")]
+    figure = Figure(figsize=(10, 4.2 if not loads else 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2 if loads else 1, squeeze=False)[0]
+    _quality(panels[0], steps, evaluations, ngram)
+    if loads:
+        _balance(figure, panels[1], loads)
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, dpi=130, format="png")
+    beside.replace(path)
+    return path
+
+
+def _quality(
+    panel: Any, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Any], ngram: Mapping[str, float]
+) -> None:
+    """Held-out bits per byte against the n-gram models; training loss in the same unit behind it."""
+    if evaluations:
+        # Bytes per token of held-out text turn the training loss into the same unit.
+        last = evaluations[-1]
+        per_nat = last["val_bits_per_byte"] / last["val_loss"]
+        panel.plot(
+            [s["step"] for s in steps], [s["loss"] * per_nat for s in steps], color="0.75", lw=1, label="training"
+        )
+        panel.plot(
+            [e["step"] for e in evaluations],
+            [e["val_bits_per_byte"] for e in evaluations],
+            "o-",
+            color="tab:blue",
+            ms=4,
+            label="held-out text",
+        )
+        low = min(e["val_bits_per_byte"] for e in evaluations)
+        panel.annotate(
+            f"{last['val_bits_per_byte']:.2f}",
+            (last["step"], last["val_bits_per_byte"]),
+            textcoords="offset points",
+            xytext=(0, -14),
+            ha="right",
+            color="tab:blue",
+        )
+        panel.set_ylim(low - 0.25, max(ngram.values()) + 0.6)
+    words = {"1": "one preceding byte", "3": "three preceding bytes", "5": "five preceding bytes"}
+    for order, value in sorted(ngram.items()):
+        panel.axhline(value, color="tab:red", lw=0.8, ls="--", alpha=0.7)
+        panel.annotate(
+            f"n-gram, {words.get(order, order)}: {value:.2f}",
+            (0.98, value),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            xytext=(0, 3),
+            ha="right",
+            fontsize=8,
+            color="tab:red",
+        )
+    panel.set_xlabel("step")
+    panel.set_ylabel("bits per byte")
+    panel.set_title("Prediction of held-out text", loc="left", fontsize=10)
+    panel.legend(frameon=False, fontsize=8, loc="upper center")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _balance(figure: Any, panel: Any, loads: Sequence[Mapping[str, Any]]) -> None:
+    """Share of each expert over time, all layers one above the other, in units of the even share."""
+    layers, experts = len(loads[0]["expert_load"]), len(loads[0]["expert_load"][0])
+    grid = [
+        [line["expert_load"][layer][expert] * experts for line in loads]
+        for layer in range(layers)
+        for expert in range(experts)
+    ]
+    first, last = loads[0]["step"], loads[-1]["step"]
+    image = panel.imshow(
+        grid,
+        aspect="auto",
+        cmap="RdBu_r",
+        vmin=0,
+        vmax=2,
+        extent=(first, last, layers * experts, 0),
+        interpolation="nearest",
+    )
+    for layer in range(1, layers):
+        panel.axhline(layer * experts, color="black", lw=0.6)
+    panel.set_yticks([(layer + 0.5) * experts for layer in range(layers)], [f"layer {i}" for i in range(layers)])
+    panel.set_xlabel("step")
+    panel.set_title("Load of each expert (1 = even share)", loc="left", fontsize=10)
+    figure.colorbar(image, ax=panel, shrink=0.85)

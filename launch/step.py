@@ -1,0 +1,120 @@
+"""One optimizer step: micro-batches forward and backward, gradients summed over ranks, clipped, applied."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..moe.decoder import Decoder
+from ..moe.ledger import count_choices
+from ..moe.losses import auxiliary_loss, update_bias
+from ..moe.router import TopKRouter
+from ..parallel.apply import seed_of
+from ..parallel.collectives import all_reduce
+from ..parallel.gradients import Gradients
+from ..parallel.mesh import Mesh
+from .config import TrainConfig
+from .data import Samples
+from .optimizer import set_learning_rate
+from .precision import computing_in
+from .schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, over all ranks; the same on every rank."""
+
+    loss: float
+    """Mean next-token loss in nats."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    lr: float
+    auxiliary: dict[str, float]
+    """Unweighted router losses, mean over layers and micro-batches."""
+    counts: Tensor
+    """`moe.ledger.count_choices`, summed."""
+    applied: bool
+    """False where loss or gradient was not finite and the step was skipped."""
+    stop_requested: bool
+    """Whether any rank was asked to stop."""
+
+
+@dataclass
+class Stepper:
+    """The parts a step needs; `step(n)` depends on them, on n and on nothing else."""
+
+    config: TrainConfig
+    mesh: Mesh
+    model: Decoder
+    optimizer: torch.optim.Optimizer
+    gradients: Gradients
+    samples: Samples
+
+    def step(self, step: int, first_sample: int, stop: bool) -> StepResult:
+        """Trains on samples [first_sample, first_sample + batch); `step` counts from 0."""
+        config, mesh = self.config, self.mesh
+        torch.manual_seed(seed_of(config.train.seed, "step", step, mesh.world.rank))
+        lr = learning_rate(config.optimizer.lr, config.schedule, step, config.train.steps)
+        set_learning_rate(self.optimizer, lr)
+        self.gradients.zero()
+        local, shown = self._forward_backward(first_sample)
+        norm = self.gradients.norm()
+        flags = torch.tensor([float(stop)], dtype=torch.float64, device=mesh.device)
+        losses = torch.stack([local["loss"], *shown.values()]).double()
+        everything = torch.cat([losses, flags, local["counts"].double().reshape(-1)])
+        all_reduce(everything, mesh.world, "step-statistics", mesh.recorder)
+        loss, *means = everything[: len(losses)].tolist()
+        counts = everything[len(losses) + 1 :].view_as(local["counts"]).long()
+        grad_norm = norm.item()
+        applied = bool(torch.isfinite(norm)) and loss == loss and abs(loss) != float("inf")
+        if applied:
+            self._apply(norm, counts)
+        return StepResult(
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            auxiliary=dict(zip(shown, means, strict=True)),
+            counts=counts,
+            applied=applied,
+            stop_requested=everything[len(losses)].item() > 0,
+        )
+
+    def _forward_backward(self, first_sample: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Runs all micro-batches; this rank's parts of the loss, the counts and the router losses."""
+        config, mesh = self.config, self.mesh
+        micro = config.train.batch // config.train.accumulate
+        share = micro // mesh.world.size
+        tokens_in_batch = config.train.batch * config.data.seq_len
+        loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        counts: Tensor | None = None
+        shown: dict[str, Tensor] = {}
+        for i in range(config.train.accumulate):
+            # Consecutive blocks of the global order: rank r of any world size sees what emulated ranks would.
+            windows = self.samples.take(first_sample + i * micro + mesh.world.rank * share, share)
+            tokens = torch.from_numpy(windows).to(mesh.device)
+            last = i == config.train.accumulate - 1
+            with self.gradients.reduced() if last else nullcontext():
+                with computing_in(config.train.precision, mesh.device):
+                    output = self.model(tokens[:, :-1])
+                    nats = self.model.loss_sum(output.hidden_BSD, tokens[:, 1:].contiguous()) / tokens_in_batch
+                auxiliary, values = auxiliary_loss(output.routings, config.router, mesh, share)
+                (nats + auxiliary / config.train.accumulate).backward()
+            loss += nats.detach().double()
+            for name, value in values.items():
+                shown[name] = shown.get(name, 0) + value / config.train.accumulate
+            chosen = count_choices(output.routings)
+            counts = chosen if counts is None else counts + chosen
+        assert counts is not None
+        return {"loss": loss, "counts": counts}, shown
+
+    def _apply(self, norm: Tensor, counts: Tensor) -> None:
+        if self.config.optimizer.clip_norm > 0:
+            self.gradients.clip(norm, self.config.optimizer.clip_norm)
+        self.optimizer.step()
+        if self.config.router.bias_update > 0:
+            routers = [m for m in self.model.modules() if isinstance(m, TopKRouter)]
+            for router, load_E in zip(routers, counts[:, :-2], strict=True):
+                update_bias(router, load_E)

@@ -1,0 +1,137 @@
+"""The end of a run: summary.json, a picture, and the table that is printed."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from ..parallel.collectives import all_reduce
+from ..parallel.mesh import Mesh
+from .config import TrainConfig
+from .evaluate import Evaluation
+from .metrics import read_metrics
+from .picture import draw
+from .run_folder import RunFolder, write_atomically
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run came to; the keys of summary.json."""
+
+    steps: int
+    val_loss: float
+    val_bits_per_byte: float
+    order1_bits_per_byte: float
+    order3_bits_per_byte: float
+    order5_bits_per_byte: float
+    tokens_per_second: float
+    """Median over the logged intervals."""
+    training_seconds: float
+    peak_memory_bytes: int
+    """Of the rank that used most."""
+    skipped_steps: int
+    expert_load_max_over_mean: float | None
+    dropped_ratio: float | None
+    world: int
+    parameters: int
+    picture: str | None
+    sample: str
+
+
+def finish(
+    config: TrainConfig,
+    mesh: Mesh,
+    folder: RunFolder,
+    corpus_meta: Mapping[str, Any],
+    progress: Mapping[str, Any],
+    evaluation: Evaluation,
+    sample: str,
+    parameters: int,
+) -> Summary:
+    """Gathers the summary on all ranks; rank 0 writes it and draws the picture."""
+    peak = all_reduce(
+        torch.tensor([peak_memory_bytes(mesh.device)], device=mesh.device),
+        mesh.world,
+        "summary",
+        mesh.recorder,
+        op=dist.ReduceOp.MAX,
+    )
+    lines = list(read_metrics(folder.path)) if mesh.world.rank == 0 else []
+    steps = [line for line in lines if "loss" in line]
+    speeds = sorted(line["tokens_per_second"] for line in steps)
+    ngram = corpus_meta["ngram_bits_per_byte"]
+    picture = draw(folder.picture, lines, ngram) if mesh.world.rank == 0 else None
+    summary = Summary(
+        steps=progress["step"],
+        val_loss=evaluation.loss,
+        val_bits_per_byte=evaluation.bits_per_byte,
+        order1_bits_per_byte=ngram["1"],
+        order3_bits_per_byte=ngram["3"],
+        order5_bits_per_byte=ngram["5"],
+        tokens_per_second=speeds[len(speeds) // 2] if speeds else 0.0,
+        training_seconds=progress["seconds"],
+        peak_memory_bytes=int(peak.item()),
+        skipped_steps=progress["skipped"],
+        expert_load_max_over_mean=steps[-1].get("expert_load_max_over_mean") if steps else None,
+        dropped_ratio=steps[-1].get("dropped_ratio") if steps else None,
+        world=mesh.world.size,
+        parameters=parameters,
+        picture=None if picture is None else str(picture),
+        sample=sample,
+    )
+    if mesh.world.rank == 0:
+        write_atomically(folder.summary, json.dumps(asdict(summary), indent=2) + "\n")
+    return summary
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: of the GPU where it computes on one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def print_table(summary: Summary, folder: RunFolder, console: Console) -> None:
+    """Prints what a person wants to know first."""
+    if summary.sample:
+        console.rule("a sample")
+        console.print(summary.sample, markup=False, highlight=False)
+    table = Table(title="held-out text, bits per byte (lower is better)", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    rows = [
+        ("one preceding byte (Witten-Bell)", summary.order1_bits_per_byte),
+        ("three preceding bytes", summary.order3_bits_per_byte),
+        ("five preceding bytes", summary.order5_bits_per_byte),
+        ("this model", summary.val_bits_per_byte),
+    ]
+    for name, value in rows:
+        table.add_row(name, f"{value:.3f}")
+    console.print(table)
+    facts = Table(show_header=False, box=None)
+    facts.add_column(style="bold")
+    facts.add_column()
+    minutes, seconds = divmod(int(summary.training_seconds), 60)
+    facts.add_row("trained", f"{summary.steps} steps in {minutes}:{seconds:02d} on {summary.world} ranks")
+    facts.add_row("parameters", f"{summary.parameters:,}")
+    facts.add_row("throughput", f"{summary.tokens_per_second:,.0f} tokens/s")
+    if summary.expert_load_max_over_mean is not None and summary.dropped_ratio is not None:
+        load = f"busiest expert {summary.expert_load_max_over_mean:.2f}x the mean; {summary.dropped_ratio:.1%} dropped"
+        facts.add_row("expert load", load)
+    facts.add_row("memory", f"{summary.peak_memory_bytes / 2**20:,.0f} MiB at most on a rank")
+    if summary.skipped_steps:
+        facts.add_row("skipped steps", f"{summary.skipped_steps} (loss or gradient not finite)")
+    facts.add_row("files", f"{folder.path}/ (metrics.jsonl, summary.json, checkpoints/, tensorboard/)")
+    if summary.picture:
+        facts.add_row("picture", summary.picture)
+    else:
+        facts.add_row("picture", "none: pip install 'wastenot[viz]'")
+    console.print(facts)

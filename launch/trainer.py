@@ -1,0 +1,338 @@
+"""A training run on one rank, from its configuration to its summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..moe.decoder import Decoder, build_decoder
+from ..moe.generate import generate
+from ..moe.ledger import Ledger, report_load
+from ..parallel.checkpoint import Checkpointer
+from ..parallel.collectives import tune_pieces
+from ..parallel.expert import expert_parameter_names
+from ..parallel.gradients import Gradients
+from ..parallel.mesh import Mesh
+from ..parallel.training_state import load_training_state, training_state
+from .config import TrainConfig
+from .console import RunConsole
+from .data import Samples
+from .errors import UserError, all_together
+from .evaluate import Evaluation, evaluate
+from .metrics import MetricsWriter
+from .optimizer import make_optimizer
+from .precision import weight_dtype
+from .rules import vocabulary_rule, world_rules
+from .run_folder import RunFolder
+from .settings import as_mapping
+from .shards import TokenShards, read_meta
+from .signals import StopRequest
+from .step import Stepper, StepResult
+from .summary import Summary, finish
+from .tokenizer import load_tokenizer
+from .watchdog import Watchdog
+
+
+class TrainingFailedError(RuntimeError):
+    """The run cannot go on, and not because of its input."""
+
+
+@dataclass
+class Progress:
+    """Where a run is; all of it goes into every checkpoint."""
+
+    step: int = 0
+    """Completed steps."""
+    samples: int = 0
+    """Sequences consumed over all ranks: the position in the data."""
+    skipped: int = 0
+    """Steps that were skipped for a non-finite loss or gradient."""
+    seconds: float = 0.0
+    """Time spent training, over all sessions of this run."""
+
+
+class Trainer:
+    """Owns the parts of a run and moves them through it."""
+
+    def __init__(
+        self, config: TrainConfig, mesh: Mesh, data: Path, *, console: RunConsole, ledger: Ledger, watchdog: Watchdog
+    ) -> None:
+        """Builds everything on this rank; `data` is the prepared corpus. All ranks call it together."""
+        self.shards, self.held_out = TokenShards.open(data, "train"), TokenShards.open(data, "val")
+        self.config = config = complete(config, mesh, self.shards.vocab_size)
+        self.mesh, self.console, self.ledger, self.watchdog = mesh, console, ledger, watchdog
+        self.folder = RunFolder(config.log.dir)
+        self.corpus_meta = read_meta(data)
+        self.tokenizer = load_tokenizer(data)
+        self.stop = StopRequest()
+        if config.train.deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=mesh.device.type == "cuda")
+            # Poisoning fresh memory is for tests; it would cost a pass over every new tensor.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+        pieces = config.parallel.piece_bytes
+        self.piece_bytes = tune_pieces(mesh) if pieces == "auto" else pieces
+        self.model: Decoder = build_decoder(
+            config.model,
+            config.router,
+            mesh,
+            seed=config.train.seed,
+            dtype=weight_dtype(config.train.precision),
+            piece_bytes=self.piece_bytes,
+            backend=config.kernels,
+        )
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        gradients = Gradients(self.model, mesh, config.parallel.bucket_bytes)
+        samples = Samples(self.shards, config.data.seq_len, config.train.seed)
+        self.stepper = Stepper(config, mesh, self.model, self.optimizer, gradients, samples)
+        self.checkpoints = Checkpointer(
+            self.folder.checkpoints, mesh, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+        )
+        self.progress = Progress()
+        self.saved_at: int | None = None
+        experts = expert_parameter_names(self.model)
+        self.is_expert = lambda name: name in experts
+        self._resume()
+
+    def run(self) -> Summary | None:
+        """Trains to the last step; None where SIGTERM ended the run early (a checkpoint is saved)."""
+        config, progress = self.config, self.progress
+        speaks = self.mesh.world.rank == 0
+        if speaks:
+            self.folder.prepare(config, self.tokenizer_files())
+        metrics = MetricsWriter(self.folder.path, config.log.tensorboard) if speaks else None
+        if metrics is not None:
+            if metrics.note:
+                self.console.say(metrics.note)
+            metrics.write(event="start", step=progress.step, world=self.mesh.world.size, piece_bytes=self.piece_bytes)
+        in_a_row = 0
+        mark, mark_step = time.perf_counter(), progress.step
+        self.ledger.take()
+        with self.console.following("train", config.train.steps, progress.step) as line, self._profiling() as tick:
+            while progress.step < config.train.steps:
+                self.watchdog.at(progress.step, "training")
+                result = self.stepper.step(progress.step, progress.samples, self.stop.requested)
+                progress.step += 1
+                progress.samples += config.train.batch
+                in_a_row = 0 if result.applied else in_a_row + 1
+                progress.skipped += not result.applied
+                tick()
+                if progress.step % config.log.every == 0 or progress.step == config.train.steps or not result.applied:
+                    now = time.perf_counter()
+                    step_s = (now - mark) / (progress.step - mark_step)
+                    progress.seconds += now - mark
+                    mark, mark_step = now, progress.step
+                    numbers = self._measure(result, step_s)
+                    if metrics is not None:
+                        metrics.write(**numbers)
+                        seconds_left = step_s * (config.train.steps - progress.step)
+                        line.show(progress.step, console_numbers(numbers), seconds_left)
+                else:
+                    line.advance(progress.step)
+                if in_a_row >= config.train.nonfinite_limit:
+                    raise TrainingFailedError(self._why_stopped(in_a_row))
+                if result.stop_requested:
+                    self.save()
+                    self.checkpoints.wait()
+                    self.console.say(f"stopped by request at step {progress.step}; the same command goes on from here")
+                    self._close(metrics)
+                    return None
+                paused = time.perf_counter()
+                if config.train.eval_every and progress.step % config.train.eval_every == 0:
+                    self._evaluate(metrics)
+                if config.checkpoint.every and progress.step % config.checkpoint.every == 0:
+                    self.save()
+                mark += time.perf_counter() - paused  # speed is the speed of training
+        return self._end(metrics)
+
+    def _end(self, metrics: MetricsWriter | None) -> Summary:
+        evaluation = self._evaluate(metrics)
+        if self.saved_at != self.progress.step:
+            self.save()
+        self.watchdog.at(self.progress.step, "saving")
+        self.checkpoints.wait()
+        sample = self._sample()
+        self._close(metrics)
+        return finish(
+            self.config,
+            self.mesh,
+            self.folder,
+            self.corpus_meta,
+            self.progress.__dict__,
+            evaluation,
+            sample,
+            self.num_parameters(),
+        )
+
+    def save(self) -> None:
+        """Saves a checkpoint of everything that decides how the run goes on."""
+        self.watchdog.at(self.progress.step, "saving")
+        state = training_state(self.model, self.optimizer, self.mesh, self.is_expert)
+        meta = {"progress": dict(self.progress.__dict__), "config": as_mapping(self.config)}
+        self.checkpoints.save(self.progress.step, state, meta)
+        self.saved_at = self.progress.step
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, the experts of all ranks included."""
+        sizes = ((self.is_expert(name), p.numel()) for name, p in self.model.named_parameters())
+        return sum(size * (self.mesh.expert.size if expert else 1) for expert, size in sizes)
+
+    def tokenizer_files(self) -> list[Path]:
+        """Files that `load_tokenizer` needs."""
+        return sorted(self.shards.folder.glob("tokenizer*.json"))
+
+    def _resume(self) -> None:
+        path = find_checkpoint(self.config, self.checkpoints)
+        if path is None:
+            return
+        self.watchdog.at(0, "loading")
+        try:
+            meta = load_training_state(path, self.model, self.optimizer, self.mesh, self.is_expert)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.progress = Progress(**meta["progress"])
+        self.saved_at = self.progress.step if path.parent == self.folder.checkpoints else None
+        self.console.say(f"resumed from {path} at step {self.progress.step}")
+
+    def _evaluate(self, metrics: MetricsWriter | None) -> Evaluation:
+        config = self.config
+        self.watchdog.at(self.progress.step, "evaluating")
+        with self.console.following("evaluate", 1) if not self.console.busy else self.console.nothing() as line:
+            result = evaluate(
+                self.model,
+                self.held_out,
+                self.mesh,
+                seq_len=config.data.seq_len,
+                batch=config.train.eval_batch,
+                precision=config.train.precision,
+                progress=line.portion,
+            )
+        if metrics is not None:
+            metrics.write(
+                step=self.progress.step,
+                val_loss=result.loss,
+                val_bits_per_byte=result.bits_per_byte,
+                order5_bits_per_byte=self.corpus_meta["ngram_bits_per_byte"]["5"],
+            )
+        self.console.say(
+            f"evaluated at step {self.progress.step}: {result.bits_per_byte:.4f} bits per byte on held-out text"
+        )
+        return result
+
+    def _sample(self) -> str:
+        """A text from the model; all ranks take part."""
+        count = self.config.train.sample_tokens
+        if count == 0:
+            return ""
+        self.watchdog.at(self.progress.step, "sampling")
+        self.model.eval()
+        prompt = [self.tokenizer.end_token]
+        [tokens] = generate(self.model, [prompt], max_new_tokens=count, temperature=0.8, seed=self.config.train.seed)
+        return self.tokenizer.decode(tokens)
+
+    def _measure(self, result: StepResult, step_s: float) -> dict[str, object]:
+        """One line of metrics.jsonl."""
+        config, ledger = self.config, self.ledger.take()
+        load = report_load(result.counts)
+        tokens = config.train.batch * config.data.seq_len
+        numbers: dict[str, object] = {
+            "step": self.progress.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            **result.auxiliary,
+            "tokens_per_second": tokens / step_s,
+            "step_seconds": step_s,
+            "sent_bytes": sum(kind.num_bytes for kind in ledger.values()),
+            "waited_seconds": sum(kind.waited_s for kind in ledger.values()),
+            "skipped": self.progress.skipped,
+        }
+        if load is not None:
+            numbers["expert_load_max_over_mean"] = load.max_over_mean
+            numbers["expert_load"] = load.per_layer
+            numbers["dead_experts"] = load.dead
+            numbers["dropped_ratio"] = load.dropped_ratio
+        return numbers
+
+    def _why_stopped(self, in_a_row: int) -> str:
+        last = f"the last checkpoint is of step {self.saved_at}" if self.saved_at else "there is no checkpoint yet"
+        return (
+            f"{in_a_row} steps in a row had a loss or gradient that is not finite (step {self.progress.step}); {last}; "
+            "try a lower optimizer.lr, a longer schedule.warmup_steps, or train.precision: fp32"
+        )
+
+    def _close(self, metrics: MetricsWriter | None) -> None:
+        self.checkpoints.close()
+        if metrics is not None:
+            metrics.close()
+
+    @contextmanager
+    def _profiling(self) -> Iterator:
+        """Traces the steps that log.profile names; yields what to call after every step."""
+        span = self.config.log.profile
+        if not span:
+            yield lambda: None
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.mesh.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        first, last = (max(0, step - 1 - self.progress.step) for step in span)
+        schedule = torch.profiler.schedule(wait=first, warmup=0, active=last - first + 1, repeat=1)
+        self.folder.profile.mkdir(parents=True, exist_ok=True)
+        trace = self.folder.profile / f"rank{self.mesh.world.rank}.json"
+        with torch.profiler.profile(
+            activities=activities, schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(trace))
+        ) as profiler:
+            yield profiler.step
+
+
+def complete(config: TrainConfig, mesh: Mesh, vocab_size: int) -> TrainConfig:
+    """`config` with what only the data and the world tell; UserError where they contradict it."""
+    violations = [*world_rules(config, mesh.world.size), *vocabulary_rule(config, vocab_size)]
+    if violations:
+        raise all_together("config", violations)
+    if config.model.vocab_size:
+        return config
+    return replace(config, model=replace(config.model, vocab_size=vocab_size))
+
+
+def find_checkpoint(config: TrainConfig, checkpoints: Checkpointer) -> Path | None:
+    """The checkpoint that `checkpoint.resume` asks for: newest of this run, none, or a path (folder or run)."""
+    if config.checkpoint.resume == "auto":
+        return checkpoints.latest()
+    if config.checkpoint.resume == "never":
+        return None
+    return checkpoint_in(Path(config.checkpoint.resume))
+
+
+def checkpoint_in(path: Path) -> Path:
+    """A checkpoint's folder from itself, its `checkpoints` folder or its run; UserError where there is none."""
+    from ..parallel.checkpoint import newest
+
+    for folder in (path, path / "checkpoints"):
+        if folder.name.startswith("step-") and folder.is_dir():
+            return folder
+        found = newest(folder) if folder.is_dir() else None
+        if found is not None:
+            return found
+    raise UserError(f"{path} holds no complete checkpoint; give a run, or one of its checkpoints/step-…")
+
+
+def console_numbers(numbers: dict[str, object]) -> dict[str, str]:
+    """What the live line shows of a line of metrics."""
+
+    def get(name: str) -> float:
+        value = numbers[name]
+        assert isinstance(value, int | float)
+        return float(value)
+
+    shown = {"loss": f"{get('loss'):.3f}", "tokens/s": f"{get('tokens_per_second'):,.0f}"}
+    if "expert_load_max_over_mean" in numbers:
+        shown["busiest expert"] = f"{get('expert_load_max_over_mean'):.2f}x mean"
+    if numbers["skipped"]:
+        shown["skipped"] = str(numbers["skipped"])
+    return shown
