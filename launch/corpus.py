@@ -38,7 +38,7 @@ FORMAT = 1
 NGRAM_ORDERS = (1, 3, 5)
 
 # The n-gram models sort 64-bit keys in memory: they are fitted on and asked about this much text at most.
-NGRAM_BYTES: dict[Split, int] = {"train": 32 * 2**20, "val": 8 * 2**20}
+NGRAM_BYTES: dict[Split, int] = {"train": 16 * 2**20, "val": 4 * 2**20}
 
 # Text on which it is tried whether the tokenizer gives back what it was given.
 ROUND_TRIP_BYTES = 1 << 16
@@ -120,7 +120,12 @@ def _from_files(paths: Sequence[Path]) -> Corpus:
 def _find_or_build(corpus: Corpus, config: DataConfig, progress: bool) -> Path:
     """The folder of this corpus, tokenizer and split: found, or built by one process while the others wait."""
     tokenizer_name, tokenizer_identity = _identify_tokenizer(config.tokenizer)
-    identity = [FORMAT, corpus.identity, tokenizer_identity, config.val_fraction]
+    identity = {
+        "format": FORMAT,
+        "corpus": corpus.identity,
+        "tokenizer": tokenizer_identity,
+        "val_fraction": config.val_fraction,
+    }
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     parent = Path(config.dir)
     folder = parent / f"{corpus.name}-{tokenizer_name}-{digest}"

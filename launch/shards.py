@@ -25,7 +25,7 @@ SHARD_TOKENS = 256 * 2**20
 """Most tokens in one file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenShards:
     """One split of a prepared corpus, memory-mapped and read only."""
 

