@@ -56,7 +56,7 @@ class _Reader:
         """Notes a problem where `name` is there and none of `legal`."""
         value = self.config.get(name)
         if value is not None and value not in legal:
-            allowed = " or ".join(map(repr, legal or ("null",)))
+            allowed = " or ".join(map(repr, legal)) or "null"
             self.problems.append(f"{name}: {value!r} {why}; only {allowed} can be carried over")
 
 
@@ -212,6 +212,9 @@ def _rope_theta(reader: _Reader, family: Family) -> float:
     """Base of the rotary embedding, from where transformers 4 or 5 keeps it; only the plain kind is legal."""
     plain = _ROPE_THETA.get(family, 1e4)
     scaling = reader.config.get("rope_parameters") or reader.config.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        reader.problems.append(f"rope_parameters: {scaling!r} is no mapping")
+        return plain
     inside = _Reader(scaling)
     for name in ("rope_type", "type"):
         inside.only(name, "default", why="stretches the rotary embedding")
@@ -228,7 +231,11 @@ def _dense_layers(reader: _Reader, family: Family, layers: int) -> tuple[int, in
     if family != "qwen3_moe":
         return 1, 0
     every = max(1, reader.integer("decoder_sparse_step", default=1))
-    dense = frozenset(reader.config.get("mlp_only_layers") or ())
+    listed = reader.config.get("mlp_only_layers") or []
+    if not isinstance(listed, list) or not all(isinstance(layer, int) for layer in listed):
+        reader.problems.append(f"mlp_only_layers: {listed!r} is no list of layer numbers")
+        return every, 0
+    dense = frozenset(listed)
     theirs = [layer for layer in range(layers) if layer not in dense and (layer + 1) % every == 0]
     if not theirs:
         reader.problems.append(f"mlp_only_layers: with decoder_sparse_step: {every} no layer has experts")
