@@ -44,6 +44,17 @@ def combine_weights(probs_TE: Tensor, experts_TK: Tensor, slots_TK: Tensor, conf
     return weights_TK.masked_fill(~kept_TK, 0)
 
 
+def priority_of(probs_TE: Tensor) -> Tensor:
+    """Rank of each token in the queue for slots, as integers that sort like max_e p_e (R3); int32 [T].
+
+    Deviation (ours): probabilities are compared rounded to 12 bits. Tokens that are equal, such as the first of
+    two sequences, must tie exactly and fall back to their index; matrix products of other shapes, under another
+    layout of ranks, give them different last bits.
+    """
+    bits = probs_TE.detach().amax(-1).to(torch.float32).view(torch.int32)
+    return (bits + (1 << 10)) >> 11
+
+
 class TopKRouter(nn.Module):
     """Learned token-choice router without bias, in fp32 whatever the model computes in."""
 
@@ -89,9 +100,9 @@ class TopKRouter(nn.Module):
         tokens = logits_TE.size(0)
         capacity = None if dropless else capacity_of(config, tokens // blocks, self.num_experts)
         if config.priority == "probability":
-            priority_T = probs_TE.detach().amax(-1)
+            priority_T = priority_of(probs_TE)
         else:
-            priority_T = torch.zeros(tokens, dtype=probs_TE.dtype, device=probs_TE.device)
+            priority_T = torch.zeros(tokens, dtype=torch.int32, device=probs_TE.device)
         slots_TK, counts_BE = assign(experts_TK, priority_T, self.num_experts, blocks, capacity, self.backend)
         weights_TK = combine_weights(scores_TE, experts_TK, slots_TK, config)
         return Routing(experts_TK, weights_TK, slots_TK, counts_BE, capacity, logits_TE, probs_TE)
@@ -111,7 +122,7 @@ class UniformRouter(TopKRouter):
         scores_TE = torch.zeros_like(logits_TE).scatter_(1, experts_TK, 1.0 / experts_TK.size(1))
         even = (scores_TE + 1e-9) / (scores_TE + 1e-9).sum(-1, keepdim=True) + 0 * logits_TE
         capacity = None if dropless else capacity_of(self.config, logits_TE.size(0) // blocks, self.num_experts)
-        priority_T = even.detach().amax(-1)
+        priority_T = priority_of(even)
         slots_TK, counts_BE = assign(experts_TK, priority_T, self.num_experts, blocks, capacity, self.backend)
         weights_TK = combine_weights(even, experts_TK, slots_TK, self.config)
         return Routing(experts_TK, weights_TK, slots_TK, counts_BE, capacity, logits_TE, even)

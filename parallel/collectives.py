@@ -40,35 +40,39 @@ class _Flight:
     """One exchange on its way: launch now, `land` later."""
 
     def __init__(self, rows: Tensor, splits: Splits, axis: Axis, name: str, recorder: Recorder) -> None:
-        self.name, self.recorder = name, recorder
+        self.name, self.recorder, self.splits = name, recorder, splits
         away = sum(n for rank, n in enumerate(splits.send) if rank != axis.rank)
         recorder.collective_entered(name, away * rows.size(-1) * rows.element_size())
-        self.sent = rows.contiguous()  # must live until the exchange is done
         self.received = rows.new_empty((sum(splits.receive), rows.size(-1)))
-        self.works = _launch(self.received, self.sent, splits, axis)
+        self.pieces = [self._launch(rows.contiguous(), i, axis) for i in range(splits.pieces)]
+
+    def _launch(self, rows: Tensor, piece: int, axis: Axis) -> tuple[dist.Work | None, Tensor, Tensor, list[int]]:
+        """Starts piece number `piece`; both buffers must live until it is done."""
+        splits = self.splits
+        send, receive = splits.send, splits.receive
+        sent, received = rows, self.received
+        if splits.pieces > 1:
+            parts = _cut(rows.split(send), piece, splits.pieces)
+            sent, send = torch.cat(parts), [part.size(0) for part in parts]
+            receive = [part.size(0) for part in _cut(received.split(receive), piece, splits.pieces)]
+            received = rows.new_empty((sum(receive), rows.size(-1)))
+        work = dist.all_to_all_single(received, sent, receive, send, group=axis.group, async_op=True)
+        return work, sent, received, receive
 
     def land(self) -> Tensor:
+        """Waits until everything has arrived."""
         start = time.perf_counter()
-        for work in self.works:
-            work.wait()
+        for i, (work, _, received, receive) in enumerate(self.pieces):
+            if work is not None:
+                work.wait()
+            if self.splits.pieces > 1:
+                into = _cut(self.received.split(self.splits.receive), i, self.splits.pieces)
+                for part, arrived in zip(into, received.split(receive), strict=True):
+                    part.copy_(arrived)
         on_host = self.received.device.type == "cpu"
         self.recorder.collective_left(self.name, time.perf_counter() - start if on_host else 0.0)
-        del self.sent, self.works
+        self.pieces.clear()
         return self.received
-
-
-def _launch(received: Tensor, sent: Tensor, splits: Splits, axis: Axis) -> list[dist.Work]:
-    if splits.pieces == 1:
-        work = dist.all_to_all_single(received, sent, splits.receive, splits.send, group=axis.group, async_op=True)
-        return [work] if work is not None else []
-    works = []
-    to, of = sent.split(splits.send), received.split(splits.receive)
-    for piece in range(splits.pieces):
-        out, into = _cut(of, piece, splits.pieces), _cut(to, piece, splits.pieces)
-        work = dist.all_to_all(out, into, group=axis.group, async_op=True)
-        if work is not None:
-            works.append(work)
-    return works
 
 
 def _cut(parts: Sequence[Tensor], piece: int, pieces: int) -> list[Tensor]:

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from wastenot.moe.config import RouterConfig
 from wastenot.moe.losses import auxiliary_loss, load_balance, update_bias, z_loss
-from wastenot.moe.router import SkewedRouter, TopKRouter, UniformRouter, capacity_of, combine_weights, make_router
+from wastenot.moe.router import (
+    SkewedRouter,
+    TopKRouter,
+    UniformRouter,
+    capacity_of,
+    combine_weights,
+    make_router,
+    priority_of,
+)
 from wastenot.moe.routing import Routing
 from wastenot.parallel.mesh import single
 
@@ -117,12 +125,21 @@ def test_every_choice_is_kept_or_dropped_and_weights_agree(count, experts, k, fa
 def test_dropped_tokens_rank_below_kept_ones(priority):
     config = RouterConfig(top_k=1, capacity_factor=0.5, priority=priority)
     routing = router(4, config)(tokens(64))
-    rank = routing.probs_TE.amax(-1) if priority == "probability" else -torch.arange(64.0)
+    rank = priority_of(routing.probs_TE) if priority == "probability" else -torch.arange(64.0)
     for expert in range(4):
         mine = routing.experts_TK[:, 0] == expert
         kept = mine & (routing.slots_TK[:, 0] >= 0)
         if (mine & ~kept).any():
             assert rank[kept].min() >= rank[mine & ~kept].max()
+
+
+def test_priority_sorts_like_probability_but_ties_equal_tokens():
+    best = torch.linspace(0.05, 0.99, 300, dtype=torch.float64).unsqueeze(1)
+    assert priority_of(best).sort().values.equal(priority_of(best))
+    assert len(priority_of(best).unique()) > 290
+    p = torch.tensor([[0.125], [0.3], [0.5], [0.71]], dtype=torch.float64)
+    for noise in (1e-15, -1e-15, 1e-7, -1e-7):
+        assert priority_of(p * (1 + noise)).equal(priority_of(p))
 
 
 def test_bias_steers_selection_but_not_weights():
