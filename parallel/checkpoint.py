@@ -109,11 +109,10 @@ def load(path: Path | str, tensors: Mapping[str, Tensor], mesh: Mesh, *, prefix:
 class _Assignment:
     """What one rank is to write."""
 
-    folder: Path
+    folder: str
+    """Name of the partial folder; each rank knows the directory by its own path."""
     file: str
     plan: SavePlan
-    manifest: Manifest
-    """Complete but for the lengths of the files."""
 
 
 class Checkpointer:
@@ -156,15 +155,25 @@ class Checkpointer:
         before (or, if not asynchronous, this one) could not be written: the older ones stay as they were.
         """
         self.wait()
+        if step < 0:
+            raise ValueError(f"step: {step} is negative; a checkpoint is named by a step from 0 on")
         writer = ShardWriter(tensors)
+        # Stays on rank 0: as part of an assignment it would travel to every rank.
+        draft: Manifest | None = None
 
         def assign(proposals: list[SavePlan]) -> list[_Assignment]:
+            nonlocal draft
             said = json_copy(meta)
             plans, entries = writer.divide(proposals)
-            return self._assign(step, plans, entries, said)
+            draft = self._draft(step, plans, entries, said)
+            folder = f"{_PARTIAL}step-{step:08d}-{secrets.token_hex(4)}"
+            (self._directory / folder).mkdir()
+            files = shard_files(len(plans))
+            return [_Assignment(folder, file, plan) for file, plan in zip(files, plans, strict=True)]
 
-        assignment = consult(self._group, writer.propose, assign)
-        self._pending = self._thread.submit(self._write, assignment, writer.stage(assignment.plan))
+        mine = consult(self._group, writer.propose, assign)
+        shard = self._directory / mine.folder / mine.file
+        self._pending = self._thread.submit(self._write, step, shard, writer.stage(mine.plan), draft)
         if not self._asynchronous:
             self.wait()
 
@@ -204,62 +213,51 @@ class Checkpointer:
             if path.name.startswith((_PARTIAL, _TRASH)):
                 shutil.rmtree(path)
 
-    def _assign(
+    def _draft(
         self, step: int, plans: list[SavePlan], entries: dict[str, TensorEntry], meta: dict[str, Any]
-    ) -> list[_Assignment]:
-        """Rank 0: makes the folder and says who writes which file into it."""
-        files = shard_files(len(plans))
+    ) -> Manifest:
+        """The manifest, but for the lengths of the files."""
         serials = [manifest.serial for _, manifest in _by_age(self._directory, quiet=True)]
-        manifest = Manifest(
+        return Manifest(
             step=step,
             serial=max(serials, default=0) + 1,
             layout=self._layout,
             meta=meta,
             tensors=entries,
-            files={file: 0 for file, plan in zip(files, plans, strict=True) if plan.items},
+            files={file: 0 for file, plan in zip(shard_files(len(plans)), plans, strict=True) if plan.items},
         )
-        folder = self._directory / f"{_PARTIAL}step-{step:08d}-{secrets.token_hex(4)}"
-        folder.mkdir()
-        # Only rank 0 writes the manifest: the others need not receive it.
-        brief = replace(manifest, tensors={}, meta={})
-        return [
-            _Assignment(folder, file, plan, brief if rank else manifest)
-            for rank, (file, plan) in enumerate(zip(files, plans, strict=True))
-        ]
 
-    def _write(self, assignment: _Assignment, copies: dict[str, Tensor] | Exception) -> None:
+    def _write(self, step: int, shard: Path, copies: dict[str, Tensor] | Exception, draft: Manifest | None) -> None:
         """Everything after the copies are taken; in the thread of its own."""
-        folder = assignment.folder
+
+        def publish(lengths: list[int]) -> list[None]:
+            assert draft is not None
+            written = dict(zip(shard_files(len(lengths)), lengths, strict=True))
+            self._publish(shard.parent, replace(draft, files={file: written[file] for file in draft.files}))
+            return [None] * len(lengths)
+
         try:
-            consult(
-                self._group,
-                lambda: write_shard(folder / assignment.file, copies),
-                lambda lengths: [self._publish(assignment, lengths)] * len(lengths),
-            )
+            consult(self._group, lambda: write_shard(shard, copies), publish)
         except Exception as error:
             if self._rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(shard.parent, ignore_errors=True)
             raise OSError(
-                f"checkpoint of step {assignment.manifest.step} was not written to {self._directory}: {error} "
+                f"checkpoint of step {step} was not written to {self._directory}: {error} "
                 f"(older checkpoints there are untouched)"
             ) from error
 
-    def _publish(self, assignment: _Assignment, lengths: list[int]) -> None:
+    def _publish(self, folder: Path, manifest: Manifest) -> None:
         """Rank 0, when every shard is on the disk: from partial to complete, then what is too old goes."""
-        folder, manifest = assignment.folder, assignment.manifest
-        files = dict(zip(shard_files(len(lengths)), lengths, strict=True))
-        manifest = replace(manifest, files={file: files[file] for file in manifest.files})
+        write_manifest(folder, manifest)
         try:
-            write_manifest(folder, manifest)
             check_complete(folder, manifest)
         except ValueError as error:
-            raise ValueError(f"{error} (do all ranks share this directory?)") from error
+            raise ValueError(f"{error}; all ranks must share the directory") from error
         _sync_folder(folder)
         name = f"step-{manifest.step:08d}"
         # A step saved before keeps its folder until this one is complete: there is never a moment without.
         names = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
-        target = next(path for each in names if not (path := self._directory / each).exists())
-        folder.rename(target)
+        folder.rename(next(path for each in names if not (path := self._directory / each).exists()))
         _sync_folder(self._directory)
         self._prune()
 

@@ -124,6 +124,8 @@ def write_shard(path: Path, copies: dict[str, Tensor] | Exception) -> int:
         raise copies
     if not copies:
         return 0
+    if not path.parent.is_dir():
+        raise OSError(f"{path.parent}, made by rank 0, does not exist here: all ranks must share the directory")
     try:
         save_file(copies, path)
         # safetensors makes files for the owner alone; a checkpoint is as readable as its folder.

@@ -344,6 +344,11 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path, te
     assert names(tmp_path) == []
 
 
+def test_a_step_below_zero_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="step: -1 is negative"):
+        Checkpointer(tmp_path, MESH).save(-1, {}, {})
+
+
 def test_keeping_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="keep: 0 would leave no checkpoint"):
         Checkpointer(tmp_path, MESH, keep=0)
