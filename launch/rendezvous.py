@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
+import time
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -19,6 +19,8 @@ from . import cores, mpi
 from .env import Rank
 from .errors import UserError
 from .network import host_identity, interface_of, is_loopback, source_address
+
+_RETRY_SECONDS = 0.1
 
 
 def backend(choice: str, device: torch.device) -> str:
@@ -54,6 +56,8 @@ def meet(rank: Rank, timeout: timedelta) -> dist.Store:
     """
     assert rank.address is not None and rank.port is not None, "locate comes first"
     hosts_it = rank.rank == 0 and not rank.agent_store
+    if not hosts_it:
+        _await_listener(rank, rank.address, rank.port, timeout.total_seconds())
     try:
         server = dist.TCPStore(
             rank.address,
@@ -64,24 +68,34 @@ def meet(rank: Rank, timeout: timedelta) -> dist.Store:
             master_listen_fd=rank.listener if hosts_it else None,
         )
     except RuntimeError as error:
-        raise UserError(_why_not(rank, hosts_it, timeout, str(error))) from error
+        text = str(error)
+        if "EADDRINUSE" in text or "address already in use" in text:
+            text = f"it is taken on {socket.gethostname()}"
+        raise UserError(f"MASTER_PORT: {rank.port} cannot be used: {text}; set another free port") from error
     # An elastic restart may find the store of the attempt before.
     store = dist.PrefixStore(f"wastenot/{rank.attempt}", server)
     _gather(rank, store, "start")
     return store
 
 
-def _why_not(rank: Rank, hosts_it: bool, timeout: timedelta, error: str) -> str:
-    if hosts_it and ("EADDRINUSE" in error or "address already in use" in error):
-        return f"MASTER_PORT: {rank.port} is taken on {socket.gethostname()}; set another free port on every rank"
+def _await_listener(rank: Rank, address: str, port: int, seconds: float) -> None:
+    """Returns when somebody listens there. TCPStore would wait too, in ever longer steps and with much to say."""
+    deadline = time.monotonic() + seconds
+    problem: OSError | None = None
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            socket.create_connection((address, port), timeout=left).close()
+            return
+        except OSError as error:
+            problem = error
+            time.sleep(min(_RETRY_SECONDS, left))
     message = (
-        f"rank {rank.rank} on {socket.gethostname()} cannot reach rank 0 at {rank.address}:{rank.port} within "
-        f"{timeout.total_seconds():g} s"
+        f"rank {rank.rank} on {socket.gethostname()} cannot reach rank 0 at {address}:{port} within {seconds:g} s "
+        f"({problem})"
     )
-    with contextlib.suppress(UserError):
-        if rank.world > rank.local_world and is_loopback(source_address(rank.address or "", rank.port or 0)):
-            return f"{message}: MASTER_ADDR is this host's loopback; set it to an address that all hosts share"
-    return f"{message}; check that rank 0 runs, MASTER_ADDR, MASTER_PORT, and firewalls between the hosts"
+    if rank.world > rank.local_world and is_loopback(source_address(address, port)):
+        raise UserError(f"{message}: MASTER_ADDR is this host's loopback; set it to an address that all hosts share")
+    raise UserError(f"{message}; check that rank 0 runs, MASTER_ADDR, MASTER_PORT, and firewalls between the hosts")
 
 
 def _gather(rank: Rank, store: dist.Store, topic: str) -> None:
