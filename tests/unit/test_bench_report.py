@@ -46,6 +46,7 @@ def report(**changes):
         "rows": [{"case": "tiny", "contender": "wastenot", "seconds": 0.5, "why_not": None}],
         "goals": [at_least("speed", 1.2, 1.0), at_most("share", None, 0.25)],
         "notes": ["quick: left out nothing"],
+        "headings": {"contender": "who", "seconds": "s", "why_not": "why not"},
     }
     return Report(**{**fields, **changes})
 
@@ -62,7 +63,7 @@ def test_unknown_benchmark_names_the_known_ones():
 
 def test_report_is_the_json_object_of_the_contract():
     parsed = json.loads(report().to_json())
-    assert list(parsed)[:5] == ["name", "command", "env", "rows", "goals"]
+    assert list(parsed) == ["name", "command", "env", "rows", "goals", "notes"]
     assert parsed["rows"] == [{"case": "tiny", "contender": "wastenot", "seconds": 0.5, "why_not": None}]
     assert parsed["goals"] == [
         {"metric": "speed", "value": 1.2, "goal": ">= 1", "met": True},
@@ -95,7 +96,7 @@ def test_tables_show_rows_goals_and_notes():
     page = io.StringIO()
     report().show(Console(width=160, file=page))
     text = page.getvalue()
-    assert "wastenot" in text and "speed" in text and "quick: left out nothing" in text
+    assert "wastenot" in text and "speed" in text and "who" in text and "quick: left out nothing" in text
     assert "why not" not in text, "a column in which nothing stands is not shown"
 
 

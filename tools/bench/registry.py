@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from .report import Report
+if TYPE_CHECKING:
+    from .report import Report
 
 BENCHMARKS = {
     "train": "tokens/s of a training step against other MoE implementations",

@@ -54,10 +54,14 @@ class Report:
     goals: list[Goal]
     notes: list[str] = field(default_factory=list)
     """What was left out, and what the numbers do not show."""
+    headings: Mapping[str, str] = field(default_factory=dict)
+    """Values of a row that people see, and what stands above them; the JSON object has all."""
 
     def to_json(self) -> str:
         """One JSON object; numbers that are not finite become null."""
-        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False, ensure_ascii=False)
+        fields = _finite(asdict(self))
+        del fields["headings"]
+        return json.dumps(fields, indent=2, allow_nan=False, ensure_ascii=False)
 
     def write(self, path: Path) -> None:
         """Writes the JSON object to `path`, making its folder."""
@@ -66,8 +70,9 @@ class Report:
 
     def show(self, console: Console) -> None:
         """Prints tables for people: measurements, goals, notes."""
-        console.print(_table(self.name, self.rows))
-        console.print(_table("goals", [asdict(goal) for goal in self.goals]))
+        console.print(_table(self.name, self.rows, self.headings))
+        headings = {"metric": "goal", "goal": "bar", "value": "value", "met": "met"}
+        console.print(_table("goals", [asdict(goal) for goal in self.goals], headings))
         for note in self.notes:
             console.print(f"note: {note}", markup=False, highlight=False)
 
@@ -109,14 +114,14 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _table(title: str, rows: Iterable[Row]) -> Table:
-    rows = list(rows)
+def _table(title: str, rows: list[Row], headings: Mapping[str, str]) -> Table:
+    """`headings` in their order, but for those under which nothing stands."""
     table = Table(title=title, title_justify="left")
-    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if value is not None))
-    for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold")
+    columns = [key for key in headings if any(row.get(key) is not None for row in rows)]
+    for key in columns:
+        table.add_column(headings[key], overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
+        table.add_row(*(_cell(row.get(key)) for key in columns))
     return table
 
 
@@ -126,5 +131,5 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return str(value)

@@ -16,6 +16,7 @@ from typing import Any
 from ...launch.errors import UserError
 from .cases import Case, cases
 from .interleave import Timings, interleave
+from .machine import use_the_machine
 from .outside import outside_share
 from .peers.roster import ENTRIES, OURS, REFERENCE, Contender, Entry, LeftOut, start
 from .report import Goal, Report, Row, at_least, at_most, environment
@@ -24,6 +25,15 @@ LOSS_TOLERANCE = 1e-4
 """Largest relative difference of the first batch's loss ..."""
 NORM_TOLERANCE = 1e-3
 """... and of its gradient norm."""
+HEADINGS = {
+    "case": "case",
+    "contender": "contender",
+    "tokens_per_second": "tokens/s",
+    "wastenot_speedup": "wastenot is x times as fast",
+    "outside_share": "outside products",
+    "loss_difference": "loss differs by",
+    "why_not": "",
+}
 GOAL_RATIO = 1.0
 GOAL_OUTSIDE = 0.25
 
@@ -43,6 +53,7 @@ class Checked:
 
 def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
     """Every contender at every case. Raises UserError without transformers, which is the reference."""
+    use_the_machine()
     rows: list[Row] = []
     goals: list[Goal] = []
     for case in cases(quick):
@@ -55,9 +66,11 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
         )
         rows += case_rows
         goals += case_goals
+        gc.collect()
     packages = [entry.distribution for entry in ENTRIES if entry.distribution]
     notes = [
-        "fp32 on CPU with every core; megatron-core runs through a CPU shim, in a process of its own",
+        "fp32 on CPU with every core; every contender allocates memory as wastenot's trainer does",
+        "megatron-core runs through a CPU shim, in a process of its own",
         "transformers' batched_mm is not a contender: it copies the expert matrices once per routed token",
     ]
     if quick:
@@ -69,6 +82,7 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
         rows=rows,
         goals=goals,
         notes=notes,
+        headings=HEADINGS,
     )
 
 
@@ -77,7 +91,6 @@ def run_case(
 ) -> tuple[list[Row], list[Goal]]:
     """Rows of all `entries` and the goals of one case. Raises UserError where the reference cannot run."""
     with ExitStack() as release:
-        release.callback(gc.collect)
         checked = _check(case, entries, release, say)
         running = {it.entry.name: it.contender for it in checked if it.contender is not None}
         timings = interleave(

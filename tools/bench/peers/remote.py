@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from ..cases import Case, make_batch, make_weights
+from ..machine import use_the_machine
 from ..step import TrainingStep
 
 
@@ -67,7 +68,7 @@ def _serve(pipe: Connection, module: str, case: Case, threads: int) -> None:
     # The parent's standard output belongs to the report.
     os.dup2(2, 1)
     warnings.simplefilter("ignore")  # about CUDA libraries that a CPU does not have
-    torch.set_num_threads(threads)
+    use_the_machine(threads)
     try:
         peer = importlib.import_module(f".{module}", __package__)
         step = TrainingStep(peer.build(case, make_weights(case)), *make_batch(case))
