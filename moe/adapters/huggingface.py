@@ -27,6 +27,7 @@ from .huggingface_config import config_from_huggingface, config_to_huggingface
 from .huggingface_names import FAMILIES, Family, Piece, pieces, to_huggingface
 
 __all__ = [
+    "CONFIG",
     "FAMILIES",
     "Family",
     "StoredWeights",

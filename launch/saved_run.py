@@ -1,0 +1,97 @@
+"""A run's folder as a model again: one of its checkpoints in this one process, whatever layout trained it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..moe.config import EmulateConfig, RouterConfig
+from ..moe.decoder import Decoder
+from ..parallel.apply import parallelize
+from ..parallel.checkpoint import newest
+from ..parallel.expert import expert_parameter_names
+from ..parallel.manifest import read_manifest
+from ..parallel.mesh import Mesh, single
+from ..parallel.training_state import load_training_state
+from .config import TrainConfig
+from .env import Rank, pick_device
+from .errors import UserError
+from .precision import weight_dtype
+from .run_folder import RunFolder
+from .settings import parse_config
+from .strict_yaml import read_yaml
+from .tokenizer import FILE_NAME, Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A trained model with all that it needs to be used."""
+
+    folder: RunFolder
+    config: TrainConfig
+    """As the run used it, the vocabulary filled in."""
+    checkpoint: Path
+    step: int
+    model: Decoder
+    """Whole, in evaluation mode."""
+    tokenizer: Tokenizer
+    mesh: Mesh
+
+
+def open_run(path: Path | str, step: int | None = None) -> SavedRun:
+    """Loads the checkpoint of `step` (None: the newest complete one) of the run at `path`.
+
+    Raises UserError where that is no run, it has no such checkpoint, or a part of it is damaged.
+    """
+    folder = RunFolder(path)
+    if not folder.config.is_file():
+        raise UserError(f"{folder.path} is not a run: it has no config.yaml; give the log.dir of a training run")
+    # Not `load_config`: that also asks whether this machine could train it, corpus and all.
+    config = parse_config(read_yaml(folder.config), str(folder.config))
+    if not (folder.tokenizer / FILE_NAME).is_file():
+        raise UserError(f"{folder.path} is not whole: {folder.tokenizer.name}/{FILE_NAME} is missing")
+    tokenizer = load_tokenizer(folder.tokenizer)
+    config = replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size))
+    mesh = single(pick_device(Rank()))
+    checkpoint = find_checkpoint(folder, step)
+    try:
+        manifest = read_manifest(checkpoint)
+        model = blank_decoder(config, mesh, as_trained(config.router, manifest.layout))
+        load_training_state(checkpoint, model, None, mesh, expert_parameter_names(model).__contains__)
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint of {folder.path}: {error}") from error
+    return SavedRun(folder, config, checkpoint, manifest.step, model.eval(), tokenizer, mesh)
+
+
+def blank_decoder(config: TrainConfig, mesh: Mesh, router: RouterConfig) -> Decoder:
+    """The model of `config` with memory for its weights and nothing in it yet: to be loaded."""
+    with torch.device("meta"):
+        model = Decoder(config.model, router, mesh, backend=config.kernels)
+    parallelize(model, mesh, lambda name, tensor, generator: None, 0, weight_dtype(config.train.precision))
+    return model
+
+
+def find_checkpoint(folder: RunFolder, step: int | None) -> Path:
+    """The checkpoint of `step`, or the newest complete one; UserError naming those there are where it is missing."""
+    if step is None:
+        found = newest(folder.checkpoints)
+        if found is None:
+            raise UserError(f"{folder.path} has no complete checkpoint; train until checkpoint.every or to the end")
+        return found
+    # A step that was saved again has a number behind it: the longest name is the latest.
+    named = [path for path in folder.checkpoints.glob("step-*") if path.name.split("-")[1] == f"{step:08d}"]
+    if named:
+        return max(named, key=lambda path: (len(path.name), path.name))
+    steps = sorted({path.name.split("-")[1].lstrip("0") or "0" for path in folder.checkpoints.glob("step-*")}, key=int)
+    raise UserError(f"{folder.path} has no checkpoint of step {step}; it has {', '.join(steps) or 'none'}")
+
+
+def as_trained(router: RouterConfig, layout: Mapping[str, int]) -> RouterConfig:
+    """The router that drops in one process what it dropped on the ranks that trained (METHODS R10)."""
+    world = layout.get("world", 1)
+    if router.capacity_factor is None or router.emulate is not None or world == 1:
+        return router
+    return replace(router, jitter=0.0, emulate=EmulateConfig(sources=world, owners=layout.get("expert", 1)))

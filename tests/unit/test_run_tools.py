@@ -1,0 +1,241 @@
+"""`wastenot generate`, `eval` and `convert` on a run that stands on the disk as training leaves it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from wastenot.launch.config import CheckpointConfig, DataConfig, LogConfig, LoopConfig, ScheduleConfig, TrainConfig
+from wastenot.launch.corpus import prepare_files
+from wastenot.launch.evaluate import evaluate
+from wastenot.launch.run_folder import RunFolder
+from wastenot.launch.saved_run import open_run
+from wastenot.launch.settings import as_mapping
+from wastenot.launch.shards import TokenShards
+from wastenot.moe.adapters.huggingface import StoredWeights
+from wastenot.moe.config import ModelConfig, MoEConfig, RouterConfig
+from wastenot.moe.decoder import build_decoder
+from wastenot.moe.generate import generate
+from wastenot.parallel.checkpoint import Checkpointer
+from wastenot.parallel.expert import expert_parameter_names
+from wastenot.parallel.mesh import single
+from wastenot.parallel.training_state import training_state
+from wastenot.tools.cli import main
+
+TEXT = "".join(
+    f"{i} green bottles, hanging on the wall; {i} green bottles, standing in the hall.\n" for i in range(120)
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints of steps 1 and 2."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "bottles.txt").write_text(TEXT)
+    data = DataConfig(dir=str(home / "data"), tokenizer="bytes", seq_len=32, val_fraction=0.2)
+    folder = prepare_files([home / "bottles.txt"], data, progress=False)
+    config = TrainConfig(
+        model=ModelConfig(
+            vocab_size=257, d_model=32, layers=2, heads=4, init_std=0.2, moe=MoEConfig(experts=4, d_expert=16)
+        ),
+        router=RouterConfig(top_k=2),
+        data=DataConfig(corpus=str(folder), dir=data.dir, tokenizer="bytes", seq_len=32, val_fraction=0.2),
+        schedule=ScheduleConfig(warmup_steps=1),
+        train=LoopConfig(steps=2, eval_batch=4),
+        checkpoint=CheckpointConfig(every=1),
+        log=LogConfig(dir=str(home / "run")),
+    )
+    run = RunFolder(config.log.dir)
+    run.prepare(config, sorted(folder.glob("tokenizer*.json")))
+    checkpoints = Checkpointer(run.checkpoints, single(), asynchronous=False)
+    for step in (1, 2):
+        model = build_decoder(config.model, config.router, single(), seed=step)
+        state = training_state(model, None, single(), expert_parameter_names(model).__contains__)
+        checkpoints.save(step, state, {"config": as_mapping(config)})
+    checkpoints.close()
+    return run.path
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
+    """What the command prints with --json."""
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """What the command says of bad input."""
+    assert main(list(map(str, arguments))) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    return err
+
+
+def test_generate_continues_every_prompt(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = answer(capsys, "generate", made, "--prompt", "ten green", "--prompt", "nine", "--tokens", "9")
+    assert (given["run"], given["step"]) == (str(made), 2)
+    first, second = given["samples"]
+    assert first["text"].startswith("ten green")
+    assert second["text"].startswith("nine")
+    assert all(sample["new_tokens"] == 9 or sample["ended"] for sample in given["samples"])
+    again = answer(capsys, "generate", made, "--prompt", "ten green", "--tokens", "9", "--seed", "1")
+    assert again["samples"][0]["text"] != first["text"], "another seed"
+
+
+def test_generate_greedily_is_the_librarys_greedy(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--tokens", "12", "--temperature", "0", "--checkpoint", "1")
+    [sample] = answer(capsys, "generate", made, "--prompt", "green", *options)["samples"]
+    saved = open_run(made, 1)
+    prompt = saved.tokenizer.encode("green")
+    [expected] = generate(saved.model, [prompt], max_new_tokens=12, temperature=0, end_token=saved.tokenizer.end_token)
+    assert sample["text"] == saved.tokenizer.decode(prompt + expected)
+    assert sample != answer(capsys, "generate", made, "--prompt", "green", *options[:-2])["samples"][0], "the newest"
+
+
+def test_generate_without_a_prompt_begins_a_document(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(made), "--tokens", "40"]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip()
+    assert "<|endoftext|>" not in out
+    assert "trained on 32 at a time" in err
+
+
+def test_a_run_works_where_its_corpus_is_gone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = (run / "config.yaml").read_text()
+    lines = [line if not line.startswith("  corpus:") else "  corpus: /nowhere/at/all" for line in config.splitlines()]
+    (run / "config.yaml").write_text("\n".join(lines))
+    assert answer(capsys, "generate", run, "--tokens", "3")["step"] == 2
+    assert "nowhere/at/all is neither a known corpus" in complaint(capsys, "eval", run)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "-1"], "temperature: -1.0 is negative"),
+        (["--top-p", "0"], "top_p: 0.0 is outside (0, 1]"),
+        (["--top-k", "-2"], "top_k: -2 is negative"),
+        (["--tokens", "0"], "max_new_tokens: 0 is too small"),
+        (["--checkpoint", "3"], "has no checkpoint of step 3; it has 1, 2"),
+    ],
+)
+def test_generate_refuses(options: list[str], message: str, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in complaint(capsys, "generate", made, *options)
+
+
+def test_what_is_no_run_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not a run: it has no config.yaml" in complaint(capsys, "generate", tmp_path)
+    shard = next((run / "checkpoints" / "step-00000001").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-7])
+    assert "checkpoint of" in complaint(capsys, "generate", run, "--checkpoint", "1")
+    shutil.rmtree(run / "checkpoints")
+    assert "has no complete checkpoint" in complaint(capsys, "eval", run)
+    shutil.rmtree(run / "tokenizer")
+    assert "tokenizer/tokenizer.json is missing" in complaint(capsys, "generate", run)
+
+
+def test_a_step_saved_again_is_the_later_one(run: Path) -> None:
+    shutil.copytree(run / "checkpoints" / "step-00000002", run / "checkpoints" / "step-00000001-2")
+    assert open_run(run, 1).checkpoint.name == "step-00000001-2"
+
+
+def test_eval_gives_the_figures_of_the_library(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = answer(capsys, "eval", made)
+    saved = open_run(made)
+    shards = TokenShards.open(Path(given["data"]), "val")
+    expected = evaluate(saved.model, shards, saved.mesh, seq_len=32, batch=4)
+    assert given["val_loss"] == expected.loss
+    assert given["val_bits_per_byte"] == expected.bits_per_byte
+    assert given["tokens"] == expected.tokens == shards.num_text_bytes
+    assert 0 < given["order5_bits_per_byte"] < given["order1_bits_per_byte"]
+    assert answer(capsys, "eval", made, "--checkpoint", "1")["val_loss"] != expected.loss
+
+
+def test_eval_prints_a_table(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(made)]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+
+
+def test_eval_refuses_text_in_other_tokens(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.txt").write_text(TEXT)
+    data = DataConfig(dir=str(tmp_path / "data"), tokenizer="bpe:300", val_fraction=0.2)
+    folder = prepare_files([tmp_path / "other.txt"], data, progress=False)
+    assert "was prepared with another tokenizer" in complaint(capsys, "eval", made, "--data", folder)
+
+
+def test_eval_takes_other_text_in_the_same_tokens(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.txt").write_text(TEXT[::-1])
+    tokenizer = made / "tokenizer" / "tokenizer.json"
+    data = DataConfig(dir=str(tmp_path / "data"), tokenizer=str(tokenizer), val_fraction=0.5)
+    folder = prepare_files([tmp_path / "other.txt"], data, progress=False)
+    assert answer(capsys, "eval", made, "--data", folder)["tokens"] == pytest.approx(len(TEXT) / 2, abs=5)
+
+
+def test_convert_there_and_back_keeps_every_weight(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported, imported = tmp_path / "exported", tmp_path / "imported"
+    told = answer(capsys, "convert", "to-hf", made, exported, "--checkpoint", "1")
+    assert told["family"] == "mixtral"
+    assert told["parameters"] == sum(tensor.numel() for tensor in StoredWeights(exported).values())
+    assert json.loads((exported / "config.json").read_text())["eos_token_id"] == 256
+    assert answer(capsys, "convert", "from-hf", exported, imported)["parameters"] == told["parameters"]
+    options = ("--prompt", "green", "--tokens", "9")
+    before = answer(capsys, "generate", made, *options, "--checkpoint", "1")
+    assert answer(capsys, "generate", imported, *options)["samples"] == before["samples"]
+
+
+def test_an_exported_run_loads_in_transformers(made: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    assert main(["convert", "to-hf", str(made), str(tmp_path / "out")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    saved = open_run(made)
+    prompt = tokenizer("ten green", return_tensors="pt").input_ids
+    assert prompt[0].tolist() == saved.tokenizer.encode("ten green")
+    theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+    end = saved.tokenizer.end_token
+    [ours] = generate(saved.model, [prompt[0].tolist()], max_new_tokens=8, temperature=0, end_token=end)
+    assert [token for token in theirs[0, prompt.size(1) :].tolist() if token != end] == ours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["to-hf", "RUN", "HERE"], "exists; name a new folder"),
+        (["to-hf", "RUN", "out", "--family", "olmoe"], "model.qk_norm: none is not this family's full"),
+        (["from-hf", "RUN", "out"], "config.json: cannot be read"),
+        (["from-hf", "RUN", "out", "--checkpoint", "1"], "--checkpoint and --family are for to-hf"),
+    ],
+)
+def test_convert_refuses(
+    arguments: list[str], message: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "something").write_text("")
+    places = {"RUN": str(made), "HERE": str(tmp_path), "out": str(tmp_path / "out")}
+    assert message in complaint(capsys, "convert", *(places.get(argument, argument) for argument in arguments))
+    assert [path.name for path in tmp_path.iterdir()] == ["something"]

@@ -1,0 +1,142 @@
+"""`wastenot convert`: a Hugging Face checkpoint as a run, and a run as a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..launch.config import DataConfig, LogConfig, TrainConfig
+from ..launch.env import Rank, pick_device
+from ..launch.errors import UserError
+from ..launch.run_folder import RunFolder
+from ..launch.saved_run import SavedRun, blank_decoder, open_run
+from ..launch.settings import as_mapping, dump_config, parse_config
+from ..launch.tokenizer import FILE_NAME, load_tokenizer
+from ..moe.adapters.huggingface import (
+    CONFIG,
+    FAMILIES,
+    Family,
+    config_from_huggingface,
+    config_to_huggingface,
+    load_huggingface,
+    save_huggingface,
+)
+from ..moe.decoder import Decoder
+from ..parallel.checkpoint import Checkpointer
+from ..parallel.expert import expert_parameter_names
+from ..parallel.mesh import single
+from ..parallel.training_state import training_state
+
+HELP = "turn a Hugging Face checkpoint into a run, or a run into a Hugging Face checkpoint"
+EXAMPLE = "wastenot convert to-hf runs/quickstart exported"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `wastenot convert`."""
+    parser.add_argument("direction", choices=["to-hf", "from-hf"])
+    parser.add_argument("source", metavar="SOURCE", help="a run for to-hf; a folder of safetensors for from-hf")
+    parser.add_argument("target", metavar="TARGET", help="the folder to write; must not exist, or be empty")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="to-hf: step of the run; default: the newest")
+    parser.add_argument(
+        "--family", choices=FAMILIES, help="to-hf: whose names to write; default: the first that can say the model"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts and says what was written."""
+    source, target = Path(args.source), Path(args.target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists; name a new folder")
+    if args.direction == "to-hf":
+        done = to_huggingface(source, target, args.checkpoint, args.family)
+    elif args.checkpoint is not None or args.family is not None:
+        raise UserError("--checkpoint and --family are for to-hf; from-hf reads both from the source")
+    else:
+        done = from_huggingface(source, target)
+    print(json.dumps(done) if args.json else f"{done['target']}: {done['parameters']:,} parameters, {done['family']}")
+    return 0
+
+
+def to_huggingface(source: Path, target: Path, step: int | None, family: Family | None) -> dict[str, Any]:
+    """Writes a checkpoint of the run `source`, with its tokenizer, as a folder that transformers loads.
+
+    Raises UserError where the run cannot be read or no family can say its model.
+    """
+    saved = open_run(source, step)
+    family = family or _family_of(saved)
+    end_token = saved.tokenizer.end_token
+    try:
+        save_huggingface(saved.model, target, family, max_positions=saved.config.data.seq_len, end_token=end_token)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    saved.tokenizer.save(target)
+    return _told(target, family, saved.model)
+
+
+def from_huggingface(source: Path, target: Path) -> dict[str, Any]:
+    """Writes the checkpoint folder `source`, with its tokenizer.json, as a run with one checkpoint, of step 0.
+
+    Raises UserError where `source` is no checkpoint of a known family.
+    """
+    described = _read_config(source / CONFIG)
+    try:
+        model_config, router, family = config_from_huggingface(described)
+        tokenizer = load_tokenizer(source)
+        mesh = single(pick_device(Rank()))
+        folder = RunFolder(target)
+        config = TrainConfig(
+            model=model_config,
+            router=router,
+            data=DataConfig(
+                tokenizer=str(folder.tokenizer / FILE_NAME), seq_len=described.get("max_position_embeddings", 2048)
+            ),
+            log=LogConfig(dir=str(target)),
+        )
+        # Rules that span owners, as for a file.
+        config = parse_config(as_mapping(config), str(source / CONFIG))
+        model = blank_decoder(config, mesh, router)
+        load_huggingface(model, source, family)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
+    folder.tokenizer.mkdir(parents=True)
+    tokenizer.save(folder.tokenizer)
+    checkpoints = Checkpointer(folder.checkpoints, mesh, asynchronous=False)
+    state = training_state(model, None, mesh, expert_parameter_names(model).__contains__)
+    checkpoints.save(0, state, {"source": str(source), "config": as_mapping(config)})
+    checkpoints.close()
+    # Last: a folder without it is no run yet.
+    folder.config.write_text(dump_config(config), encoding="utf-8")
+    return _told(target, family, model)
+
+
+def _family_of(saved: SavedRun) -> Family:
+    """The first family whose stock models compute what this one does; UserError saying why none does."""
+    reasons: list[str] = []
+    for family in FAMILIES:
+        try:
+            config_to_huggingface(saved.config.model, saved.config.router, family)
+        except ValueError as error:
+            reasons.append(str(error))
+        else:
+            return family
+    raise UserError("\n".join([f"{saved.folder.path}: no Hugging Face family has such models", *reasons]))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give the folder of a Hugging Face checkpoint") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return config
+
+
+def _told(target: Path, family: Family, model: Decoder) -> dict[str, Any]:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"target": str(target), "family": family, "parameters": parameters}
