@@ -55,7 +55,8 @@ class ScheduleConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     corpus: str = "shakespeare"
-    """`shakespeare`, `sotu`, or a folder that `wastenot data prepare` wrote."""
+    """`shakespeare`, `sotu`, a text or JSONL file, or a folder that `wastenot data prepare` wrote (which brings its
+    own tokenizer and split)."""
     tokenizer: str = "bpe:2048"
     """`bytes`, `bpe:N` (trained on the training split), or a Hugging Face tokenizer.json."""
     dir: str = "data"

@@ -59,7 +59,8 @@ class Corpus:
 def prepare(config: DataConfig, progress: bool = True) -> Path:
     """The prepared folder of `config.corpus`, made on first use and found again later.
 
-    `config.corpus` is a named corpus or a folder prepared before; such a folder brings its own tokenizer and split.
+    `config.corpus` is a named corpus, a text or JSONL file, or a folder prepared before, which brings its own
+    tokenizer and split.
     `progress` shows bars on stderr where that is a terminal. Safe to call from several processes at once.
     Raises UserError where the corpus is unknown, cannot be fetched or is too short.
     """
@@ -68,13 +69,11 @@ def prepare(config: DataConfig, progress: bool = True) -> Path:
         return _find_or_build(_named(source, Path(config.dir) / "downloads"), config, progress)
     folder = Path(config.corpus)
     if folder.is_file():
-        raise UserError(
-            f"data.corpus: {folder} is a file; run `wastenot data prepare {folder}` and name the folder it prints"
-        )
+        return prepare_files([folder], config, progress)
     if not folder.is_dir():
         near = difflib.get_close_matches(config.corpus, SOURCES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use {', '.join(SOURCES)}, or a folder made by data prepare"
-        raise UserError(f"data.corpus: {config.corpus} is neither a known corpus nor a folder; {hint}")
+        raise UserError(f"data.corpus: {config.corpus} is neither a known corpus, a file nor a folder; {hint}")
     return _checked(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,9 @@ class MetricsWriter:
 
     def write(self, **values: Any) -> None:
         """Writes one line; it is with the operating system when this returns, so a killed run loses none."""
-        self._file.write(json.dumps(values) + "\n")
+        # JSON has no NaN: a loss that is not finite is null.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         if self._board is not None and "step" in values:
             for name, value in values.items():
                 if name != "step" and isinstance(value, int | float):
@@ -56,13 +59,13 @@ def read_metrics(folder: Path) -> Iterator[Mapping[str, Any]]:
     path = folder / FILE_NAME
     if not path.exists():
         return
-    last: dict[tuple[Any, bool], Mapping[str, Any]] = {}
+    last: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
         except ValueError:
             continue
-        key = (values.get("step"), "val_loss" in values)
+        key = (values.get("step"), values.get("event"), "val_loss" in values)
         last.pop(key, None)
         last[key] = values
     yield from sorted(last.values(), key=lambda values: values.get("step") or 0)

@@ -14,7 +14,7 @@ def draw(path: Path, lines: Sequence[Mapping[str, Any]], ngram: Mapping[str, flo
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in lines if line.get("loss") is not None]
     evaluations = [line for line in lines if "val_bits_per_byte" in line]
     if not steps:
         return None

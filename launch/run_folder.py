@@ -59,7 +59,11 @@ class RunFolder:
                 f"log.dir: {self.path} already holds a run; use another log.dir, or checkpoint.resume: auto"
             )
         if config.checkpoint.resume == "auto" and self.config.is_file():
-            changed = differences(as_mapping(self.load_config()), as_mapping(config))
+            before, after = as_mapping(self.load_config()), as_mapping(config)
+            if config.model.vocab_size == 0:
+                # The run has written down what the tokenizer said.
+                after["model"]["vocab_size"] = before["model"]["vocab_size"]
+            changed = differences(before, after)
             if changed:
                 raise UserError(
                     f"log.dir: {self.path} holds a run of another configuration ({'; '.join(changed)}); "

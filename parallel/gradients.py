@@ -127,7 +127,8 @@ class Gradients:
 def _squares(flats: Iterable[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for flat in flats:
-        total = total.to(flat.device) + torch.linalg.vector_norm(flat, dtype=torch.float64).square()
+        # Squared in fp64 only here: asking the norm itself for fp64 would copy the whole buffer.
+        total = total.to(flat.device) + torch.linalg.vector_norm(flat).double().square()
     return total
 
 

@@ -48,6 +48,7 @@ _PRELOAD = [
     "numpy",
     "pytest",
     "torch",
+    "torch._dynamo",
     "torch.distributed",
     "torch.distributed.checkpoint",
     "torch.distributed.device_mesh",

@@ -204,9 +204,8 @@ def test_bad_files_are_named(tmp_path, config, monkeypatch, name, content, said)
 
 def test_bad_corpora_are_named(tmp_path, text_file, config):
     for corpus, said in [
-        ("shakespaere", "neither a known corpus nor a folder; did you mean shakespeare"),
-        ("enwik8", "neither a known corpus nor a folder; use shakespeare, sotu"),
-        (str(text_file), "is a file; run `wastenot data prepare"),
+        ("shakespaere", "neither a known corpus, a file nor a folder; did you mean shakespeare"),
+        ("enwik8", "neither a known corpus, a file nor a folder; use shakespeare, sotu"),
         (str(tmp_path), "is not a prepared corpus"),
     ]:
         with pytest.raises(UserError, match=said):

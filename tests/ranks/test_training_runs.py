@@ -1,0 +1,219 @@
+"""Whole runs through the command line: resumed ones equal uninterrupted ones, whatever stopped them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+
+from wastenot.launch.metrics import read_metrics
+
+FULL = os.environ.get("WASTENOT_GRID") == "full"
+KILLS = 30 if FULL else 10
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew dark tea and read old books".split()
+
+TINY = {
+    "model": {"d_model": 32, "layers": 2, "heads": 2, "moe": {"experts": 4, "d_expert": 32}},
+    "router": {"top_k": 2, "capacity_factor": 1.0, "jitter": 0.05},
+    "parallel": {"expert": 2, "piece_bytes": 0},
+    "optimizer": {"lr": 1e-2},
+    "schedule": {"warmup_steps": 5},
+    "data": {"tokenizer": "bytes", "seq_len": 32},
+    "train": {"steps": 60, "batch": 8, "sample_tokens": 8},
+    "checkpoint": {"every": 4, "keep": 2},
+    "log": {"every": 1, "tensorboard": False},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    draw = random.Random(0)
+    documents = [{"text": " ".join(draw.choice(WORDS) for _ in range(3000))} for _ in range(3)]
+    path = tmp_path_factory.mktemp("corpus") / "words.jsonl"
+    path.write_text("\n".join(map(json.dumps, documents)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(corpus, tmp_path_factory):
+    """Writes a configuration into a fresh run folder: made(**changes) -> path of the YAML file."""
+
+    def write(**changes: Mapping[str, object]) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        settings = json.loads(json.dumps(TINY))
+        settings["data"] |= {"corpus": str(corpus), "dir": str(corpus.parent / "prepared")}
+        settings["log"]["dir"] = str(folder / "log")
+        for key, values in changes.items():
+            settings[key] = {**settings.get(key, {}), **values}
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        return path
+
+    return write
+
+
+def start(config: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "wastenot.tools.cli", "train", str(config), *arguments]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
+
+
+def finish(process: subprocess.Popen, expected: int = 0) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == expected, output
+    return output
+
+
+def log_dir(config: Path) -> Path:
+    return config.parent / "log"
+
+
+def losses(config: Path) -> dict[int, tuple[float, float]]:
+    lines = read_metrics(log_dir(config))
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if "loss" in line}
+
+
+def summary(config: Path) -> dict:
+    return json.loads((log_dir(config) / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(made) -> Path:
+    config = made()
+    finish(start(config))
+    return config
+
+
+def test_a_run_leaves_everything_it_promises(uninterrupted):
+    folder = log_dir(uninterrupted)
+    assert list(losses(uninterrupted)) == list(range(1, 61))
+    found = summary(uninterrupted)
+    assert found["steps"] == 60
+    assert found["val_bits_per_byte"] < 4.5, "four bits are what single letters of these words cost"
+    assert {"val_loss", "order5_bits_per_byte", "tokens_per_second", "peak_memory_bytes"} <= found.keys()
+    assert len(list((folder / "checkpoints").glob("step-*"))) == 2
+    assert (folder / "config.yaml").is_file()
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    first = next(iter(read_metrics(folder)))
+    assert first["world"] == 2
+
+
+def test_training_learns(uninterrupted):
+    curve = losses(uninterrupted)
+    assert curve[60][0] < 0.8 * curve[1][0]
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kills the command; its ranks die with it."""
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def last_step(config: Path) -> int:
+    return max(losses(config), default=0)
+
+
+def test_killed_runs_resume_bit_for_bit(made, uninterrupted):
+    config = made()
+    draw = random.Random(1)
+    partial_writes = 0
+    for i in range(KILLS):
+        process = start(config)
+        in_write = i % 3 == 0
+        target = last_step(config) + draw.randint(1, 5)
+        while process.poll() is None:
+            writing = any((log_dir(config) / "checkpoints").glob(".partial*"))
+            if writing if in_write else last_step(config) >= target:
+                break
+            time.sleep(0.001)
+        partial_writes += in_write and process.poll() is None
+        time.sleep(draw.random() * 0.01)
+        kill(process)
+    finish(start(config))
+    assert partial_writes > 0, "no kill hit a checkpoint that was being written"
+    assert losses(config) == losses(uninterrupted)
+    assert summary(config)["val_loss"] == summary(uninterrupted)["val_loss"]
+    assert not list((log_dir(config) / "checkpoints").glob(".partial*")), "leftovers of killed runs"
+
+
+def test_terminated_run_saves_and_goes_on_bit_for_bit(made, uninterrupted):
+    config = made(checkpoint={"every": 0})
+    process = start(config)
+    while last_step(config) < 7 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process)
+    assert "stopped by request" in output
+    assert 7 <= last_step(config) < 60
+    assert "resumed from" in finish(start(config))
+    assert losses(config) == losses(uninterrupted)
+
+
+@pytest.mark.parametrize("expert", [1, 4])
+def test_run_resumes_under_another_expert_degree(made, tmp_path, expert):
+    emulate = {"top_k": 2, "capacity_factor": 1.0, "emulate": {"sources": 4, "owners": 4}, "jitter": 0.0}
+    whole = made(router=emulate, train={"steps": 24})
+    half = made(router=emulate, train={"steps": 24}, checkpoint={"every": 12})
+    finish(start(whole))
+    process = start(half)
+    while not (log_dir(half) / "checkpoints" / "step-00000012").exists() and process.poll() is None:
+        time.sleep(0.01)
+    kill(process)
+    for newer in list((log_dir(half) / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(newer)
+    finish(start(half, "-s", f"parallel.expert={expert}"))
+    there, here = losses(half), losses(whole)
+    assert there.keys() == here.keys()
+    for step in range(13, 25):
+        assert there[step][0] == pytest.approx(here[step][0], rel=1e-5), step
+
+
+def test_other_configuration_is_refused_in_a_used_folder(uninterrupted):
+    output = finish(start(uninterrupted, "-s", "optimizer.lr=0.5"), expected=2)
+    assert "optimizer.lr: 0.01 -> 0.5" in output
+    assert "Traceback" not in output
+    output = finish(start(uninterrupted, "-s", "checkpoint.resume=never"), expected=2)
+    assert "already holds a run" in output
+
+
+def test_diverging_run_stops_with_a_reason_and_keeps_its_checkpoint(made):
+    config = made(
+        train={"steps": 60, "nonfinite_limit": 3}, optimizer={"lr": 1e30, "clip_norm": 0}, checkpoint={"every": 1}
+    )
+    output = finish(start(config), expected=1)
+    assert "3 steps in a row had a loss or gradient that is not finite" in output
+    assert "Traceback" not in output
+    assert list((log_dir(config) / "checkpoints").glob("step-*"))
+    lines = [line for line in read_metrics(log_dir(config)) if "loss" in line]
+    assert lines[-1]["skipped"] == 3
+
+
+def test_json_prints_one_object(made):
+    config = made(train={"steps": 2}, schedule={"warmup_steps": 1})
+    process = subprocess.run(
+        [sys.executable, "-m", "wastenot.tools.cli", "train", str(config), "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["steps"] == 2
+
+
+def test_profile_is_written_on_request(made):
+    config = made(train={"steps": 6}, log={"every": 1, "profile": [3, 4]}, schedule={"warmup_steps": 1})
+    finish(start(config))
+    trace = json.loads((log_dir(config) / "profile" / "rank0.json").read_text())
+    assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
+    assert (log_dir(config) / "profile" / "rank1.json").is_file()
