@@ -61,6 +61,8 @@ def _start(rank: int, nproc: int, listener: socket.socket, command: list[str]) -
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(listener.getsockname()[1]),
     }
+    # When one rank ends, torch's stores in the others add stack traces to what the ranks say themselves.
+    environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if rank == 0:
         environ[LISTENER] = str(listener.fileno())
     return subprocess.Popen(
