@@ -6,18 +6,14 @@ hosts' names resolve to nothing, so what gloo picks by itself (loopback) would f
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+from two_hosts import ADDRESS, on_host, run_all
 
 TOOLS = Path(sysconfig.get_path("scripts"))
-ADDRESS = "10.78.0.{}"
-
 RANK = """
 import os, torch, torch.distributed as dist
 from wastenot.launch import env
@@ -33,61 +29,11 @@ env.stop()
 """
 
 
-@pytest.fixture(scope="module")
-def hosts():
-    """Prefix of the namespaces PREFIX1 and PREFIX2."""
-    if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("unshare")):
-        pytest.skip("network namespaces need root, ip and unshare")
-    prefix = f"wn{os.getpid()}h"
-    made = subprocess.run(["ip", "netns", "add", f"{prefix}1"], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"this system refuses network namespaces: {made.stderr.strip()}")
-
-    def ip(command: str) -> None:
-        subprocess.run(["ip", *command.split()], check=True, capture_output=True)
-
-    try:
-        ip(f"netns add {prefix}2")
-        ip(f"link add net-1 netns {prefix}1 type veth peer name net-2 netns {prefix}2")
-        for number in (1, 2):
-            inside = f"-n {prefix}{number}"
-            ip(f"{inside} link set lo up")
-            ip(f"{inside} link add docker0 type veth peer name container")
-            for name, address in ("docker0", "172.17.0.1/16"), (f"net-{number}", f"{ADDRESS.format(number)}/24"):
-                ip(f"{inside} addr add {address} dev {name}")
-                ip(f"{inside} link set {name} up")
-            ip(f"{inside} link set container up")
-        yield prefix
-    finally:
-        for number in (1, 2):
-            subprocess.run(["ip", "netns", "del", f"{prefix}{number}"], capture_output=True)
-
-
 @pytest.fixture
 def program(tmp_path) -> Path:
     file = tmp_path / "rank.py"
     file.write_text(RANK)
     return file
-
-
-def on_host(prefix: str, number: int, command: str) -> list[str]:
-    """`command` of a shell, run where only that host's network and name are seen."""
-    name = f"{prefix}{number}"
-    return ["ip", "netns", "exec", name, "unshare", "-u", "sh", "-c", f"hostname {name}; {command}"]
-
-
-def run_all(commands: list[list[str]]) -> list[str]:
-    """Standard output of all commands at once, as sorted lines; each has to succeed."""
-    variables = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
-    pipe = subprocess.PIPE
-    processes = [subprocess.Popen(command, env=variables, stdout=pipe, stderr=pipe, text=True) for command in commands]
-    try:
-        results = [process.communicate(timeout=90) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), results
-    return sorted(line for output, _ in results for line in output.splitlines())
 
 
 def test_torchrun_on_two_hosts(hosts, program):

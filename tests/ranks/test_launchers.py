@@ -1,0 +1,88 @@
+"""The same run under every launcher has the same losses, bit for bit: one code path, whoever starts it."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from two_hosts import ADDRESS, on_host, run_all
+
+from wastenot.launch.config import DataConfig
+from wastenot.launch.corpus import prepare_files
+from wastenot.launch.metrics import read_metrics
+
+TOOLS = Path(sysconfig.get_path("scripts"))
+CONFIG = """
+model: {{d_model: 32, layers: 2, heads: 2, moe: {{experts: 4, d_expert: 32, shared_experts: 1}}}}
+router: {{capacity_factor: 1.25}}
+parallel: {{expert: 2}}
+schedule: {{warmup_steps: 2}}
+data: {{corpus: {corpus}, seq_len: 32}}
+train: {{steps: 8, batch: 8, accumulate: 2, sample_tokens: 0}}
+log: {{every: 1, tensorboard: false}}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("launchers")
+    draw = random.Random(0)
+    (folder / "noise.txt").write_text("".join(draw.choice("abcde ") for _ in range(20_000)))
+    corpus = prepare_files([folder / "noise.txt"], DataConfig(tokenizer="bytes", dir=str(folder / "data")))
+    path = folder / "config.yaml"
+    path.write_text(CONFIG.format(corpus=corpus))
+    return path
+
+
+def losses(folder: Path) -> list[tuple[float, float]]:
+    found = [(line["loss"], line["grad_norm"]) for line in read_metrics(folder) if "loss" in line]
+    assert len(found) == 8
+    return found
+
+
+def run(*command: object) -> None:
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(part) for part in command], env=environ, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def local(config) -> list[tuple[float, float]]:
+    """What `wastenot train` gives when it starts the ranks itself."""
+    folder = config.parent / "local"
+    run(sys.executable, "-m", "wastenot.tools.cli", "train", config, "-s", f"log.dir={folder}")
+    return losses(folder)
+
+
+def test_torchrun(config, local, tmp_path):
+    run(
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2),
+        *("-m", "wastenot.launch.train", config, "-s", f"log.dir={tmp_path}"),
+    )
+    assert losses(tmp_path) == local
+
+
+def test_mpirun(config, local, tmp_path):
+    pytest.importorskip("mpi4py", reason="needs the extra `mpi`", exc_type=ImportError)
+    if not (TOOLS / "mpirun").exists():
+        pytest.skip("needs the extra `mpi`: no mpirun beside this Python")
+    run(
+        *(TOOLS / "mpirun", "-n", 2, "--oversubscribe", "--allow-run-as-root"),
+        *(sys.executable, "-m", "wastenot.launch.train", config, "-s", f"log.dir={tmp_path}"),
+    )
+    assert losses(tmp_path) == local
+
+
+def test_two_hosts_under_torchrun(config, local, hosts, tmp_path):
+    torchrun = (
+        f"OMP_NUM_THREADS=1 {sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1 "
+        f"--master-addr {ADDRESS.format(1)} --master-port 29610 --node-rank"
+    )
+    train = f"-m wastenot.launch.train {config} -s log.dir={tmp_path}"
+    run_all([on_host(hosts, node + 1, f"{torchrun} {node} {train}") for node in (0, 1)])
+    assert losses(tmp_path) == local
