@@ -128,15 +128,11 @@ def _from_hydra(environ: Mapping[str, str]) -> Rank:
 
 
 def _is_srun(environ: Mapping[str, str]) -> bool:
-    # SLURM_PROCID is set in a batch script as well, a step's node list only by srun. An interactive shell (also
-    # that of salloc) is a step with a terminal; and one task is a shell that srun gave, not a job of ranks.
+    # SLURM_PROCID is set in a batch script as well, a step's node list by srun alone. A step of one task is a shell
+    # that srun or salloc gave (or, in a job submitted from there, what its variables leave behind). SLURM_PTY_PORT
+    # would tell of terminals too, but leaks from them into the ranks of submitted jobs.
     tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS"))
-    return (
-        "SLURM_PROCID" in environ
-        and "SLURM_STEP_NODELIST" in environ
-        and "SLURM_PTY_PORT" not in environ
-        and tasks != "1"
-    )
+    return "SLURM_PROCID" in environ and "SLURM_STEP_NODELIST" in environ and tasks != "1"
 
 
 def _from_srun(environ: Mapping[str, str]) -> Rank:
@@ -155,7 +151,7 @@ def _from_srun(environ: Mapping[str, str]) -> Rank:
     if port is None:
         # The same on every rank, below the ports the kernel gives out, and another one for each job and step.
         port = 15000 + (read.integer("SLURM_JOB_ID", 0) * 31 + read.integer("SLURM_STEP_ID", 0)) % 16000
-    return replace(place, address=address, port=port, attempt=0)
+    return replace(place, address=address, port=port)
 
 
 def _threads(environ: Mapping[str, str], rank: Rank) -> int | None:

@@ -9,6 +9,7 @@ import contextlib
 import secrets
 import socket
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from .errors import UserError
 from .network import host_identity, interfaces
 
 _PROBE_SECONDS = 3.0
+_REMEDY = "point MPI4PY_LIBMPI to the libmpi.so of this mpirun, or set MASTER_ADDR and MASTER_PORT"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +43,16 @@ def agree(*, rank: int, world: int, address: str | None = None, port: int | None
     MPI = _load()
     started_here = not MPI.Is_initialized()
     if started_here:
-        MPI.Init()
+        with warnings.catch_warnings():
+            # mpi4py warns of what is said better below.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            MPI.Init()
     communicator = MPI.COMM_WORLD
     if communicator.Get_size() != world:
+        library = MPI.Get_library_version().splitlines()[0].partition(",")[0].strip()
         raise UserError(
-            f"mpi4py sees {communicator.Get_size()} rank(s) where mpirun started {world}: it loaded another MPI "
-            f"library ({MPI.Get_library_version().splitlines()[0].strip()}); install mpi4py for the MPI of this "
-            "mpirun, or set MASTER_ADDR and MASTER_PORT"
+            f"mpi4py sees {communicator.Get_size()} rank(s) where mpirun started {world}: it loaded {library}, not "
+            f"the MPI of this mpirun; {_REMEDY}"
         )
     meeting = _meet(communicator, rank, address, port)
     if started_here:
@@ -67,7 +72,7 @@ def _load() -> Any:
         # mpi4py's wheels raise RuntimeError where they find no MPI library.
         raise UserError(
             f"ranks started by mpirun need mpi4py to find each other ({str(error).splitlines()[0]}): "
-            "pip install 'wastenot[mpi]', or set MASTER_ADDR and MASTER_PORT"
+            f"pip install 'wastenot[mpi]'; {_REMEDY}"
         ) from error
     return MPI
 

@@ -91,17 +91,20 @@ def test_srun_on_one_node_meets_on_loopback():
     assert detect(one).address == "127.0.0.1"
 
 
+ONE_TASK = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_STEP_NODELIST": "n08"}
+
+
 @pytest.mark.parametrize(
     "shell",
-    [
-        BATCH,
-        SRUN | {"SLURM_PTY_PORT": "40000"},
-        SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
-    ],
-    ids=["sbatch script", "interactive step", "srun of one shell"],
+    [BATCH, BATCH | ONE_TASK | {"SLURM_PTY_PORT": "40000"}],
+    ids=["sbatch script", "shell of salloc, and sbatch script submitted from it"],
 )
 def test_a_shell_that_slurm_gave_is_no_launcher(shell):
     assert detect(shell).launcher == "none"
+
+
+def test_srun_in_a_job_submitted_from_an_interactive_shell_is_still_srun():
+    assert detect(SRUN | {"SLURM_PTY_PORT": "40000"}).launcher == "srun"
 
 
 @pytest.mark.parametrize(

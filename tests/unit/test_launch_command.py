@@ -1,0 +1,89 @@
+"""`wastenot launch`: scripts that a shell can read, with nothing left to fill in; what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from wastenot.tools.cli import main
+from wastenot.tools.launch import fill
+
+EVERYTHING = [
+    ["slurm", "quickstart", "--nodes", "2", "--gpus-per-node", "1", "--time", "1-00:00:00", "--partition", "gpu"],
+    ["slurm", "quickstart", "--nodes", "1", "--cpus-per-rank", "4", "--account", "me"],
+    ["mpi", "quickstart", "--nodes", "2", "--hosts", "node1,node2"],
+    ["mpi", "quickstart", "--nodes", "1"],
+    ["torchrun", "quickstart", "--nodes", "2", "--hosts", "node1,node2", "--port", "4000"],
+    ["torchrun", "quickstart", "--nodes", "1"],
+]
+
+
+def script_of(arguments: list[str], capsys) -> str:
+    assert main(["launch", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", EVERYTHING, ids=" ".join)
+def test_scripts_are_complete_and_legal_shell(arguments, capsys):
+    script = script_of([*arguments, "-s", "log.dir=runs/it's mine"], capsys)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert "@" not in script.replace("options[@]", "").replace("TERM@120", "")
+    command = next(line for line in script.splitlines() if "wastenot.launch.train " in line and line[0] != "#")
+    assert shlex.split(command)[-2:] == ["quickstart", "--set=log.dir=runs/it's mine"]
+    assert f"PYTHON={sys.executable}" in script
+
+
+def test_options_reach_their_launcher(capsys):
+    slurm = script_of(EVERYTHING[0], capsys)
+    for line in ("nodes=2", "ntasks-per-node=1", "gpus-per-node=1", "time=1-00:00:00", "partition=gpu"):
+        assert f"#SBATCH --{line}\n" in slurm
+    assert "cpus-per-task" not in slurm and "account" not in slurm
+    cpus = script_of(EVERYTHING[1], capsys)
+    assert "#SBATCH --cpus-per-task=4\n" in cpus and "SRUN_CPUS_PER_TASK=4" in cpus
+    assert '--host "node1:1,node2:1"' in script_of(EVERYTHING[2], capsys)
+    assert "--host" not in script_of(EVERYTHING[3], capsys)
+    assert "--rdzv-endpoint=node1:4000" in script_of(EVERYTHING[4], capsys)
+    assert "--rdzv-endpoint=localhost:0" in script_of(EVERYTHING[5], capsys)
+
+
+def test_a_line_without_its_value_is_left_out():
+    assert fill("a @X@\nb @Y@\nc", {"X": "1 2", "Y": None}) == "a '1 2'\nc\n"
+
+
+def test_a_file_is_written_ready_to_run(tmp_path, capsys):
+    file = tmp_path / "job.sh"
+    said = script_of([*EVERYTHING[3], "-o", str(file)], capsys)
+    assert f"bash {file}" in said
+    assert file.stat().st_mode & 0o111
+    assert main(["launch", *EVERYTHING[3], "-o", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"script": file.read_text(), "file": str(file)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["slurm", "quickstart", "--nodes", "3", "--ranks-per-node", "1"], "parallel.expert: 2 does not divide the 3"),
+        (["mpi", "quickstart", "--nodes", "2", "--hosts", "a"], "--hosts: 1 names for --nodes 2; give 2"),
+        (["mpi", "quickstart", "--nodes", "1", "--hosts", "a;b"], "not a list of host names"),
+        (["torchrun", "quickstart", "--nodes", "2"], "--hosts: torchrun's agents need to know where to meet"),
+        (["torchrun", "quickstart", "--nodes", "2", "--hosts", "a,b", "--submit"], "copy the script to all 2"),
+        (["slurm", "quickstart", "--nodes", "0"], "'0' is not a number of 1 or more"),
+        (["slurm", "quickstart", "--nodes", "2", "--time", "soon"], "'soon' is not a time limit; use for example"),
+        (["slurm", "quickstart", "--nodes", "2", "--partition", "a b"], "'a b' is not a plain name"),
+        (["slurm", "quickstart"], "required: --nodes"),
+        (["slurm", "no-such-config", "--nodes", "1"], "no-such-config"),
+        (["slurm", "quickstart", "--nodes", "2", "--submit"], "--submit: no sbatch on PATH"),
+        (["slurm", "quickstart", "--nodes", "2", "-o", "/no/such/folder/x"], "--output: /no/such/folder/x cannot be"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_does_not_fit_is_refused_in_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["launch", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("error: ")
+    assert captured.out == ""
