@@ -19,7 +19,7 @@ def draw(path: Path, lines: Sequence[Mapping[str, Any]], ngram: Mapping[str, flo
     if not steps:
         return None
     loads = [line for line in steps if line.get("expert_load")]
-    figure = Figure(figsize=(10, 4.2 if not loads else 4.2), layout="constrained")
+    figure = Figure(figsize=(10 if loads else 5.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2 if loads else 1, squeeze=False)[0]
     _quality(panels[0], steps, evaluations, ngram)

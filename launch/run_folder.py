@@ -11,7 +11,8 @@ from typing import Any
 
 from .config import TrainConfig
 from .errors import UserError
-from .settings import as_mapping, dump_config, load_config
+from .settings import as_mapping, dump_config, parse_config
+from .strict_yaml import read_yaml
 
 MAY_CHANGE = (
     "parallel",
@@ -45,7 +46,8 @@ class RunFolder:
         """The configuration the run was made with; UserError where this is no run."""
         if not self.config.is_file():
             raise UserError(f"{self.path} is not a run: it has no config.yaml; give the log.dir of a training run")
-        return load_config(self.config)
+        # Not `settings.load_config`: that also asks whether this machine could train it, corpus and all.
+        return parse_config(read_yaml(self.config), str(self.config))
 
     def has_checkpoints(self) -> bool:
         return self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))

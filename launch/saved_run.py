@@ -21,8 +21,6 @@ from .env import Rank, pick_device
 from .errors import UserError
 from .precision import weight_dtype
 from .run_folder import RunFolder
-from .settings import parse_config
-from .strict_yaml import read_yaml
 from .tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 
 
@@ -47,10 +45,7 @@ def open_run(path: Path | str, step: int | None = None) -> SavedRun:
     Raises UserError where that is no run, it has no such checkpoint, or a part of it is damaged.
     """
     folder = RunFolder(path)
-    if not folder.config.is_file():
-        raise UserError(f"{folder.path} is not a run: it has no config.yaml; give the log.dir of a training run")
-    # Not `load_config`: that also asks whether this machine could train it, corpus and all.
-    config = parse_config(read_yaml(folder.config), str(folder.config))
+    config = folder.load_config()
     if not (folder.tokenizer / FILE_NAME).is_file():
         raise UserError(f"{folder.path} is not whole: {folder.tokenizer.name}/{FILE_NAME} is missing")
     tokenizer = load_tokenizer(folder.tokenizer)

@@ -13,7 +13,8 @@ import torch
 from ..moe.decoder import Decoder, build_decoder
 from ..moe.generate import generate
 from ..moe.ledger import Ledger, report_load
-from ..parallel.checkpoint import Checkpointer
+from ..parallel.checkpoint import Checkpointer, newest
+from ..parallel.checkpoint import read_meta as read_checkpoint_meta
 from ..parallel.collectives import tune_pieces
 from ..parallel.expert import expert_parameter_names
 from ..parallel.gradients import Gradients
@@ -94,6 +95,7 @@ class Trainer:
         )
         self.progress = Progress()
         self.saved_at: int | None = None
+        self.evaluated: dict[int, Evaluation] = {}
         experts = expert_parameter_names(self.model)
         self.is_expert = lambda name: name in experts
         self._resume()
@@ -150,7 +152,7 @@ class Trainer:
         return self._end(metrics)
 
     def _end(self, metrics: MetricsWriter | None) -> Summary:
-        evaluation = self._evaluate(metrics)
+        evaluation = self.evaluated.get(self.progress.step) or self._evaluate(metrics)
         if self.saved_at != self.progress.step:
             self.save()
         self.watchdog.at(self.progress.step, "saving")
@@ -191,9 +193,15 @@ class Trainer:
             return
         self.watchdog.at(0, "loading")
         try:
-            meta = load_training_state(path, self.model, self.optimizer, self.mesh, self.is_expert)
+            # A converted checkpoint holds weights only: the run starts from them, at step 0.
+            started = "progress" in read_checkpoint_meta(path)
+            optimizer = self.optimizer if started else None
+            meta = load_training_state(path, self.model, optimizer, self.mesh, self.is_expert)
         except ValueError as error:
             raise UserError(str(error)) from error
+        if not started:
+            self.console.say(f"starting from the weights of {path}")
+            return
         self.progress = Progress(**meta["progress"])
         self.saved_at = self.progress.step if path.parent == self.folder.checkpoints else None
         self.console.say(f"resumed from {path} at step {self.progress.step}")
@@ -211,6 +219,7 @@ class Trainer:
                 precision=config.train.precision,
                 progress=line.portion,
             )
+        self.evaluated = {self.progress.step: result}
         if metrics is not None:
             metrics.write(
                 step=self.progress.step,
@@ -311,8 +320,6 @@ def find_checkpoint(config: TrainConfig, checkpoints: Checkpointer) -> Path | No
 
 def checkpoint_in(path: Path) -> Path:
     """A checkpoint's folder from itself, its `checkpoints` folder or its run; UserError where there is none."""
-    from ..parallel.checkpoint import newest
-
     for folder in (path, path / "checkpoints"):
         if folder.name.startswith("step-") and folder.is_dir():
             return folder

@@ -20,27 +20,7 @@ from wastenot.launch.metrics import read_metrics
 
 FULL = os.environ.get("WASTENOT_GRID") == "full"
 KILLS = 30 if FULL else 10
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "brew",
-    "dark",
-    "tea",
-    "and",
-    "read",
-    "old",
-    "books",
-]
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "wizards", "brew", "tea"]
 
 TINY = {
     "model": {"d_model": 32, "layers": 2, "heads": 2, "moe": {"experts": 4, "d_expert": 32}},
