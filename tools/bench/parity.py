@@ -39,17 +39,21 @@ LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
 """(expert, data) degrees; the first is what the others are held against."""
 
 STEPS = 30
+BATCH, SEQ_LEN = 16, 128
+# In fp32 the layouts' sums differ in the last bit, and sooner or later a token at the edge of a capacity, or two
+# experts' tie, falls to the other side: a step of about 1e-5 in the loss, which fp64 shows to be rounding alone.
+# At a usual learning rate 30 steps stay clear of it; at 1e-3 one run in three meets it.
 LOSS_BOUND = {"fp64": 1e-9, "fp32": 1e-5}
 NORM_BOUND = {"fp64": 1e-9, "fp32": 1e-4}
 """Largest relative difference at any step."""
 
 HEADINGS = {
     "mode": "mode",
-    "precision": "precision",
+    "precision": "type",
     "expert": "expert",
     "data": "data",
-    "loss_difference": "loss differs by",
-    "grad_norm_difference": "gradient norm",
+    "loss_difference": "loss",
+    "grad_norm_difference": "norm",
     "bitwise": "bitwise",
     "dropped_ratio": "dropped",
 }
@@ -92,7 +96,11 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
                 new_rows, new_goals = compare(mode, precision, curves)
                 rows += new_rows
                 goals += new_goals
-    notes = [f"largest relative difference over {STEPS} steps to the run at expert 1 x data 1, same global batches"]
+    notes = [
+        f"largest relative difference over {STEPS} steps to the run at expert 1 x data 1, same global batches",
+        "fp32: over many more steps, or at a higher learning rate, rounding moves single tokens across the edge of a "
+        "capacity, and the curves part by about 1e-5; fp64 runs the reference kernels",
+    ]
     if quick:
         notes.append("quick: left out capacity mode with padded (static) splits")
     return Report(
@@ -115,10 +123,10 @@ def configure(
         model=ModelConfig(d_model=64, layers=2, heads=4, kv_heads=2, moe=moe),
         router=ROUTERS[mode],
         parallel=ParallelConfig(expert=expert, data=data),
-        optimizer=OptimizerConfig(lr=1e-3),
+        optimizer=OptimizerConfig(lr=3e-4),
         schedule=ScheduleConfig(warmup_steps=5),
-        data=DataConfig(corpus=str(corpus), tokenizer="bytes", seq_len=64, dir=str(where.parent)),
-        train=LoopConfig(steps=STEPS, batch=8, precision=precision, eval_batch=16, sample_tokens=0),
+        data=DataConfig(corpus=str(corpus), tokenizer="bytes", seq_len=SEQ_LEN, dir=str(where.parent)),
+        train=LoopConfig(steps=STEPS, batch=BATCH, precision=precision, eval_batch=16, sample_tokens=0),
         checkpoint=CheckpointConfig(every=0),
         log=LogConfig(dir=str(where), every=1, tensorboard=False),
         kernels="reference" if precision == "fp64" else "auto",

@@ -118,7 +118,7 @@ def _check(case: Case, entries: tuple[Entry, ...], release: ExitStack, say: Call
             contender = start(entry, case)
         except LeftOut as reason:
             if expected is None:
-                raise UserError(f"bench train: {entry.name} is the reference, and it {reason}") from None
+                raise UserError(f"bench train: {entry.name} is the reference, and it cannot run: {reason}") from None
             checked[entry.name] = Checked(entry, None, f"left out: {reason}", None, None, None)
             continue
         release.callback(contender.close)
