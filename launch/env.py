@@ -9,7 +9,6 @@ processes that train, not by the one that starts them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -239,7 +238,6 @@ def start(rank: Rank, parallel: ParallelConfig, device: torch.device) -> dist.St
     Raises UserError where the ranks do not find each other or share what they must not.
     """
     import torch
-    import torch.distributed as dist
 
     from . import rendezvous
 
@@ -251,20 +249,7 @@ def start(rank: Rank, parallel: ParallelConfig, device: torch.device) -> dist.St
         return None
     rank = rendezvous.locate(rank)
     store = rendezvous.meet(rank, timedelta(seconds=parallel.timeout_seconds))
-    rendezvous.set_threads(rank, store)
-    rendezvous.check_devices(rank, store, device, backend)
-    if rank.gloo_interface is None:
-        interface = rendezvous.gloo_interface(rank, store)
-        if interface is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("group", store),
-        rank=rank.rank,
-        world_size=rank.world,
-        timeout=timedelta(seconds=rendezvous.group_timeout(parallel.timeout_seconds)),
-        device_id=device if device.type == "cuda" and "nccl" in backend else None,
-    )
+    rendezvous.join(rank, store, backend, device, parallel.timeout_seconds)
     return store
 
 

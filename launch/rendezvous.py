@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from dataclasses import replace
@@ -49,17 +50,17 @@ def locate(rank: Rank) -> Rank:
     return replace(rank, address=meeting.address, port=meeting.port, listener=listener)
 
 
-def meet(rank: Rank, timeout: timedelta) -> dist.Store:
-    """Connects to the store of all ranks; rank 0 opens it, unless torchrun's agent already did.
+def connect(rank: Rank, timeout: timedelta) -> dist.Store:
+    """A connection to the store of all ranks; rank 0 opens it, unless torchrun's agent already did.
 
-    Raises UserError where the place cannot be opened or reached, or not every rank arrives, within `timeout`.
+    Raises UserError where it cannot be opened, or not be reached within `timeout`.
     """
     assert rank.address is not None and rank.port is not None, "locate comes first"
     hosts_it = rank.rank == 0 and not rank.agent_store
     if not hosts_it:
         _await_listener(rank, rank.address, rank.port, timeout.total_seconds())
     try:
-        server = dist.TCPStore(
+        store = dist.TCPStore(
             rank.address,
             rank.port,
             is_master=hosts_it,
@@ -73,9 +74,33 @@ def meet(rank: Rank, timeout: timedelta) -> dist.Store:
             text = f"it is taken on {socket.gethostname()}"
         raise UserError(f"MASTER_PORT: {rank.port} cannot be used: {text}; set another free port") from error
     # An elastic restart may find the store of the attempt before.
-    store = dist.PrefixStore(f"wastenot/{rank.attempt}", server)
+    return dist.PrefixStore(f"wastenot/{rank.attempt}", store)
+
+
+def meet(rank: Rank, timeout: timedelta) -> dist.Store:
+    """The same, once every rank is there. Raises UserError where some do not come within `timeout`."""
+    store = connect(rank, timeout)
     _gather(rank, store, "start")
     return store
+
+
+def join(rank: Rank, store: dist.Store, backend: str, device: torch.device, timeout_seconds: float) -> None:
+    """Makes the default process group of ranks that have met; every rank calls it.
+
+    Shares out cores, refuses shared devices, and shows gloo the way where the user has not.
+    """
+    set_threads(rank, store)
+    check_devices(rank, store, device, backend)
+    if rank.gloo_interface is None and (interface := gloo_interface(rank, store)) is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("group", store),
+        rank=rank.rank,
+        world_size=rank.world,
+        timeout=timedelta(seconds=group_timeout(timeout_seconds)),
+        device_id=device if "nccl" in backend else None,
+    )
 
 
 def _await_listener(rank: Rank, address: str, port: int, seconds: float) -> None:
