@@ -28,9 +28,7 @@ env.stop()
 
 def test_ranks_meet_again_after_a_restart(tmp_path):
     program = tmp_path / "rank.py"
-    program.write_text(RANK.replace('if me.attempt:
-    print(f"attempt', 'if me.attempt: if me.attempt:
-    print(f"attempt'))
+    program.write_text(RANK)
     options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1"]
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *options, str(program)],
