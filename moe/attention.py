@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.backend import Backend
 from .config import ModelConfig
 from .norm import RMSNorm
 
@@ -94,7 +95,7 @@ def rotate(x_BSHd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention; query heads share key/value heads in groups."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, backend: Backend = "auto") -> None:
         super().__init__()
         self.layer, self.width = layer, config.head_width
         self.heads, self.kv_heads = config.heads, config.num_kv_heads
@@ -105,7 +106,7 @@ class Attention(nn.Module):
         self.norm_per_head = config.qk_norm == "head"
         if config.qk_norm != "none":
             widths = (self.width,) * 2 if self.norm_per_head else (self.heads * self.width, self.kv_heads * self.width)
-            self.q_norm, self.k_norm = (RMSNorm(width, config.norm_eps) for width in widths)
+            self.q_norm, self.k_norm = (RMSNorm(width, config.norm_eps, backend) for width in widths)
         else:
             self.q_norm = self.k_norm = None
 

@@ -34,9 +34,9 @@ class Block(nn.Module):
         backend: Backend,
     ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config, layer)
-        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps, backend)
+        self.attention = Attention(config, layer, backend)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps, backend)
         if config.moe is not None and config.is_moe(layer):
             self.ffn = MoELayer(config.d_model, config.moe, router, mesh, piece_bytes, backend)
         else:
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config, router, layer, mesh, piece_bytes, backend) for layer in range(config.layers)
         )
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps, backend)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     @property

@@ -7,7 +7,7 @@ from torch import Tensor
 
 def combine(rows_RD: Tensor, weights_TK: Tensor, position_TK: Tensor, source_R: Tensor) -> Tensor:
     """y_t = sum over kept choices of weights_TK[t, k] * rows_RD[position_TK[t, k]], summed in the weights' dtype."""
-    T, K = position_TK.shape
+    T = position_TK.size(0)
     if rows_RD.size(0) == 0:
         return rows_RD.new_zeros(T, rows_RD.size(1)) + rows_RD.sum() + 0 * weights_TK.sum().to(rows_RD.dtype)
     kept_TK = position_TK >= 0

@@ -13,6 +13,7 @@ from wastenot.kernels.combine import combine
 from wastenot.kernels.cross_entropy import linear_cross_entropy, vectorised
 from wastenot.kernels.dispatch import permute, reorder
 from wastenot.kernels.grouped_mm import grouped_swiglu
+from wastenot.kernels.norm import rms_norm
 from wastenot.kernels.route import assign, select
 
 FULL = os.environ.get("WASTENOT_GRID") == "full"
@@ -247,3 +248,20 @@ def test_cross_entropy_survives_huge_logits():
     loss.backward()
     assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
+
+
+@examples
+@given(sizes, st.sampled_from([1, 5, 64]), seeds, st.floats(1e-3, 1e3))
+def test_rms_norm_equals_reference(rows, width, seed, scale):
+    x = (draw(seed, 2, rows, width) * scale).requires_grad_()
+    weight = draw(seed + 1, width).requires_grad_()
+    results = []
+    for backend in ("auto", "reference"):
+        y = rms_norm(x, weight, 1e-6, backend=backend)
+        results.append([y, *gradients(y, x, weight)])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_rms_norm_passes_gradcheck():
+    x, weight = draw(0, 3, 6).requires_grad_(), draw(1, 6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, 1e-6), (x, weight))

@@ -1,0 +1,23 @@
+"""Root-mean-square normalisation over the last dimension."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import Backend, is_reference
+from . import naive, vectorised
+
+__all__ = ["rms_norm"]
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, backend: Backend = "auto") -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, shaped like x; both of one dtype. Differentiable in both.
+
+    Off the CPU torch's own fused kernel is used.
+    """
+    if is_reference(backend):
+        return naive.rms_norm(x, weight_D, eps)
+    if x.device.type != "cpu":
+        return F.rms_norm(x, weight_D.shape, weight_D, eps)
+    return vectorised.rms_norm(x, weight_D, eps)
