@@ -83,14 +83,16 @@ class Assembly:
 
     def __init__(self, rank: Rank, seconds: float) -> None:
         """Raises UserError where the meeting place of `rank` cannot be reached within `seconds`."""
-        self.rank, self.seconds = rank, seconds
+        self.seconds = seconds
+        self.hosts_store = rank.rank == 0 and not rank.agent_store
         try:
             store = rendezvous.connect(rank, timedelta(seconds=seconds))
         except UserError:
-            if rank.rank != 0 or rank.agent_store:
+            if not self.hosts_store:
                 raise
             # The port may be taken by another rank 0: join its store, and the reports will tell.
             store = rendezvous.connect(replace(rank, agent_store=True), timedelta(seconds=seconds))
+            self.hosts_store = False
         self.whole_store = store
         self.store = dist.PrefixStore("assembly", store)
 
@@ -98,16 +100,23 @@ class Assembly:
         """Waits for all; the first to come gets every report. The others get None, and await its verdict."""
         number = self.store.add("count", 1)
         self.store.set(f"report/{number}", json.dumps(asdict(mine)))
-        self.store.add("written", 1)
         if number > 1:
             return None
         deadline = time.monotonic() + self.seconds
-        while self.store.add("written", 0) < self.rank.world and time.monotonic() < deadline:
+        found: list[RankReport] = []
+        # Where they disagree on the size of the world, the smallest is enough to tell.
+        while self._read_more(found) < min(r.world for r in found) and time.monotonic() < deadline:
             time.sleep(0.05)
         # More than the world may have been started.
         time.sleep(_STRAGGLER_SECONDS)
-        count = self.store.add("written", 0)
-        return [_parsed(self.store.get(f"report/{number}")) for number in range(1, count + 1)]
+        self._read_more(found)
+        return found
+
+    def _read_more(self, found: list[RankReport]) -> int:
+        """Adds the reports that have come since; returns how many there are."""
+        for number in range(len(found) + 1, self.store.add("count", 0) + 1):
+            found.append(_parsed(self.store.get(f"report/{number}")))
+        return len(found)
 
     def release(self, verdict: str) -> None:
         """Called by the first to come: tells the others and lets them go."""
@@ -122,10 +131,10 @@ class Assembly:
         return verdict
 
     def _leave(self) -> None:
-        """Returns on rank 0 when all have read: the store ends with its process."""
+        """Returns where the store lives only when all have read: it ends with its process."""
         left = self.store.add("left", 1)
         deadline = time.monotonic() + self.seconds
-        while self.rank.rank == 0 and left < self.store.add("count", 0) and time.monotonic() < deadline:
+        while self.hosts_store and left < self.store.add("count", 0) and time.monotonic() < deadline:
             time.sleep(0.05)
             left = self.store.add("left", 0)
 

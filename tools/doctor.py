@@ -33,7 +33,7 @@ EXAMPLE = """\
   torchrun --nnodes 2 --nproc-per-node 8 ... -m wastenot.tools.cli doctor --selftest
   srun --nodes 2 --ntasks-per-node 8 wastenot doctor --json"""
 
-_MEET_SECONDS = 60.0
+_MEET_SECONDS = 30.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
