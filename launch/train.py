@@ -41,11 +41,11 @@ def run(args: argparse.Namespace) -> int:
     args.run_dir = config.log.dir
     rank = detect(os.environ)
     if rank.launcher == "none":
-        return _start_here(config, args, overrides)
+        return _start_here(config, rank, args, overrides)
     return _run_rank(config, rank, args.json)
 
 
-def _start_here(config: TrainConfig, args: argparse.Namespace, overrides: Sequence[str]) -> int:
+def _start_here(config: TrainConfig, rank: Rank, args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Checks and prepares everything once, so that ranks find nothing to complain about; then starts them."""
     from .corpus import prepare
 
@@ -56,7 +56,7 @@ def _start_here(config: TrainConfig, args: argparse.Namespace, overrides: Sequen
     RunFolder(config.log.dir).check_may_continue(config)
     prepare(config.data, progress=True)
     if nproc == 1:
-        return _run_rank(config, Rank(), args.json)
+        return _run_rank(config, rank, args.json)
     from .local import run_ranks
 
     command = [args.config, *(f"--set={override}" for override in overrides)]
