@@ -88,7 +88,8 @@ def _balance(figure: Any, panel: Any, loads: Sequence[Mapping[str, Any]]) -> Non
         for layer in range(layers)
         for expert in range(experts)
     ]
-    first, last = loads[0]["step"], loads[-1]["step"]
+    first = loads[0]["step"]
+    last = max(loads[-1]["step"], first + 1)  # one column too has a width
     image = panel.imshow(
         grid,
         aspect="auto",

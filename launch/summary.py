@@ -129,7 +129,7 @@ def print_table(summary: Summary, folder: RunFolder, console: Console) -> None:
     facts.add_row("memory", f"{summary.peak_memory_bytes / 2**20:,.0f} MiB at most on a rank")
     if summary.skipped_steps:
         facts.add_row("skipped steps", f"{summary.skipped_steps} (loss or gradient not finite)")
-    facts.add_row("files", f"{folder.path}/ (metrics.jsonl, summary.json, checkpoints/, tensorboard/)")
+    facts.add_row("files", f"{folder.path}/: " + ", ".join(sorted(path.name for path in folder.path.glob("[!.]*"))))
     if summary.picture:
         facts.add_row("picture", summary.picture)
     else:
