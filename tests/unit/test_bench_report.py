@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from wastenot.tools.bench import command, registry
-from wastenot.tools.bench.interleave import interleave
+from wastenot.tools.bench.interleave import FEWEST_ROUNDS, interleave
 from wastenot.tools.bench.outside import is_inside, outside_share
 from wastenot.tools.bench.report import Report, at_least, at_most, environment
 
@@ -117,6 +117,13 @@ def test_ratio_survives_a_machine_that_slows_down_between_rounds():
     timings = interleave({"a": clock.contender("a", 1.0), "b": clock.contender("b", 3.0)}, rounds=6, warmup=0)
     assert timings.ratios("a", "b") == [3.0] * 6
     assert timings.ratio("b", "a") == pytest.approx(1 / 3)
+
+
+def test_slow_machine_stops_early_but_not_before_the_fewest_rounds():
+    slow = {"a": Clock().contender("a", 10.0)}
+    assert len(interleave(slow, rounds=50, warmup=1, budget_s=1.0).seconds["a"]) == FEWEST_ROUNDS
+    assert len(interleave(slow, rounds=50, warmup=1, budget_s=115.0).seconds["a"]) == 11
+    assert len(interleave(slow, rounds=2, warmup=1, budget_s=1.0).seconds["a"]) == 2
 
 
 @pytest.mark.parametrize(("rounds", "warmup"), [(0, 1), (1, -1)])

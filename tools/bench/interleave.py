@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+FEWEST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,14 @@ def interleave(
     *,
     rounds: int,
     warmup: int,
+    budget_s: float = math.inf,
     say: Callable[[str], None] = lambda text: None,
     seed: int = 0,
 ) -> Timings:
-    """Runs `warmup + rounds` rounds and keeps the last `rounds`.
+    """Runs `warmup + rounds` rounds and keeps all but the first `warmup`.
+
+    On a slow machine it stops early: once the contenders have worked for `budget_s` seconds and at least
+    FEWEST_ROUNDS rounds are kept.
 
     `contenders` maps a name to a function that does its work once and returns the seconds it took. Their
     order is drawn anew each round, so that nobody always runs in the cache (or the spinning threads) of the same
@@ -47,10 +54,15 @@ def interleave(
     draw = random.Random(seed)
     order = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    spent = 0.0
     for number in range(warmup + rounds):
+        if spent > budget_s and number - warmup >= FEWEST_ROUNDS:
+            say(f"stopped after {number - warmup} rounds: this machine is slow")
+            break
         draw.shuffle(order)
         for name in order:
             took = contenders[name]()
+            spent += took
             if number >= warmup:
                 seconds[name].append(took)
         say(f"round {number + 1} of {warmup + rounds}" + (" (warm-up)" if number < warmup else ""))

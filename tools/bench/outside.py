@@ -27,7 +27,7 @@ def is_inside(operator: str) -> bool:
     return _INSIDE.match(operator) is not None
 
 
-def outside_share(step: Callable[[], object], steps: int = 5) -> float:
+def outside_share(step: Callable[[], object], steps: int = 3) -> float:
     """Median over `steps` of the time of `step` outside matrix products and attention, as a part of 1.
 
     Self CPU time by operator from torch.profiler against the wall time of the step under the profiler: Python

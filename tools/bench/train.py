@@ -7,6 +7,7 @@ first loss and gradient norm agree with the reference's: no number comes from a 
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -62,6 +63,7 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
             ENTRIES,
             rounds=9 if quick else 21,
             warmup=2,
+            budget_s=100 if quick else 600,
             say=lambda text, case=case: say(f"{case.name}: {text}"),
         )
         rows += case_rows
@@ -87,7 +89,13 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
 
 
 def run_case(
-    case: Case, entries: tuple[Entry, ...], *, rounds: int, warmup: int, say: Callable[[str], None]
+    case: Case,
+    entries: tuple[Entry, ...],
+    *,
+    rounds: int,
+    warmup: int,
+    say: Callable[[str], None],
+    budget_s: float = math.inf,
 ) -> tuple[list[Row], list[Goal]]:
     """Rows of all `entries` and the goals of one case. Raises UserError where the reference cannot run."""
     with ExitStack() as release:
@@ -97,6 +105,7 @@ def run_case(
             {name: contender.run for name, contender in running.items()},
             rounds=rounds,
             warmup=warmup,
+            budget_s=budget_s,
             say=say,
         )
         say("profiling")
@@ -140,6 +149,7 @@ def _row(case: Case, it: Checked, timings: Timings, outside: Mapping[str, float]
     row: dict[str, Any] = {
         "case": case.name,
         "contender": name,
+        "rounds": None,
         "tokens_per_second": None,
         "seconds_per_step": None,
         "wastenot_speedup": None,
@@ -152,6 +162,7 @@ def _row(case: Case, it: Checked, timings: Timings, outside: Mapping[str, float]
     }
     if it.contender is None:
         return row
+    row["rounds"] = len(timings.seconds[name])
     row["seconds_per_step"] = timings.median(name)
     row["tokens_per_second"] = case.num_tokens / timings.median(name)
     if OURS in timings.seconds and name != OURS:
