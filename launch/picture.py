@@ -60,23 +60,26 @@ def _quality(
             color="tab:blue",
         )
         panel.set_ylim(low - 0.25, max(ngram.values()) + 0.6)
-    words = {"1": "one preceding byte", "3": "three preceding bytes", "5": "five preceding bytes"}
     for order, value in sorted(ngram.items()):
         panel.axhline(value, color="tab:red", lw=0.8, ls="--", alpha=0.7)
+        # The curve falls from left to right: names of high lines go right of it, those of low lines left.
+        high = value == max(ngram.values())
         panel.annotate(
-            f"n-gram, {words.get(order, order)}: {value:.2f}",
-            (0.98, value),
+            f"n-gram of {order} byte{'s' if order != '1' else ''}: {value:.2f}",
+            (0.98 if high else 0.02, value),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
-            xytext=(0, 3),
-            ha="right",
+            xytext=(0, 3 if high else -4),
+            ha="right" if high else "left",
+            va="bottom" if high else "top",
             fontsize=8,
             color="tab:red",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         )
     panel.set_xlabel("step")
     panel.set_ylabel("bits per byte")
     panel.set_title("Prediction of held-out text", loc="left", fontsize=10)
-    panel.legend(frameon=False, fontsize=8, loc="upper center")
+    panel.legend(frameon=False, fontsize=8, loc="upper right")
     panel.spines[["top", "right"]].set_visible(False)
 
 
