@@ -50,7 +50,7 @@ def _quality(
             ms=4,
             label="held-out text",
         )
-        low = min(e["val_bits_per_byte"] for e in evaluations)
+        reached = [e["val_bits_per_byte"] for e in evaluations]
         panel.annotate(
             f"{last['val_bits_per_byte']:.2f}",
             (last["step"], last["val_bits_per_byte"]),
@@ -59,7 +59,8 @@ def _quality(
             ha="right",
             color="tab:blue",
         )
-        panel.set_ylim(low - 0.25, max(ngram.values()) + 0.6)
+        # All that is named stays in view; the first steps of training may leave it.
+        panel.set_ylim(min(*reached, *ngram.values()) - 0.25, max(*reached, *ngram.values()) + 0.6)
     for order, value in sorted(ngram.items()):
         panel.axhline(value, color="tab:red", lw=0.8, ls="--", alpha=0.7)
         # The curve falls from left to right: names of high lines go right of it, those of low lines left.
@@ -79,7 +80,8 @@ def _quality(
     panel.set_xlabel("step")
     panel.set_ylabel("bits per byte")
     panel.set_title("Prediction of held-out text", loc="left", fontsize=10)
-    panel.legend(frameon=False, fontsize=8, loc="upper right")
+    if evaluations:
+        panel.legend(frameon=False, fontsize=8, loc="upper right")
     panel.spines[["top", "right"]].set_visible(False)
 
 
