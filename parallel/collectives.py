@@ -170,7 +170,7 @@ def all_reduce(tensor: Tensor, axis: Axis, name: str, recorder: Recorder, op=dis
     return tensor
 
 
-def tune_pieces(mesh: Mesh, probe_bytes: int = 2**20, rounds: int = 3) -> int:
+def tune_pieces(mesh: Mesh, probe_bytes: int = 2**20, rounds: int = 5) -> int:
     """Largest message in bytes that is best sent uncut over the expert axis; 0 if cutting never pays.
 
     Measured: an exchange of `probe_bytes` per rank pair, whole and cut. A full-duplex link behind a half-duplex
@@ -193,7 +193,7 @@ def tune_pieces(mesh: Mesh, probe_bytes: int = 2**20, rounds: int = 3) -> int:
             _Flight(data, splits, axis, "link-probe", mesh.recorder).land()
             times.append(time.perf_counter() - start)
         # Cutting must win clearly: on a fast link the difference is noise.
-        if min(times) < 0.8 * best_s:
+        if min(times) < 0.75 * best_s:
             best, best_s = piece_bytes, min(times)
     found = torch.tensor([best])
     dist.broadcast(found, group=mesh.world.group, src=0)
