@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..moe.config import ModelConfig, RouterConfig
+from ..moe.config import ModelConfig, RouterConfig, nearest_divisor
 from ..parallel.config import ParallelConfig
 
 
@@ -103,9 +103,7 @@ class LoopConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is negative; use 0 or more")
         if self.batch % self.accumulate:
-            nearest = min(
-                (n for n in range(1, self.batch + 1) if self.batch % n == 0), key=lambda n: abs(n - self.accumulate)
-            )
+            nearest = nearest_divisor(self.batch, self.accumulate)
             raise ValueError(f"accumulate: {self.accumulate} does not divide batch: {self.batch}; use {nearest}")
 
 

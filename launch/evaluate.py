@@ -12,7 +12,7 @@ import torch
 from ..moe.decoder import Decoder
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Mesh
-from .data import eval_windows
+from .data import IGNORED, eval_windows
 from .precision import computing_in
 from .shards import TokenShards
 
@@ -49,7 +49,7 @@ def evaluate(
     padding = -total % batch
     # Whole batches on every rank: what is added predicts nothing.
     inputs = np.concatenate([inputs, np.zeros((padding, seq_len), dtype=inputs.dtype)])
-    targets = np.concatenate([targets, np.full((padding, seq_len), -100, dtype=targets.dtype)])
+    targets = np.concatenate([targets, np.full((padding, seq_len), IGNORED, dtype=targets.dtype)])
     share = batch // mesh.world.size
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     training = model.training

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 
-from ..moe.config import EmulateConfig, MoEConfig
+from ..moe.config import EmulateConfig, MoEConfig, nearest_divisor
 from .config import TrainConfig
 from .errors import Violation
 
@@ -313,13 +313,6 @@ CROSS_RULES: tuple[Rule, ...] = (
 
 FILE_RULES: tuple[Rule, ...] = (tokenizer_exists, corpus_exists, folders_are_folders, resume_exists)
 """Hold on the machine that runs the configuration."""
-
-
-def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` (at least 1) nearest to `wanted`; the smaller one of two."""
-    low = next(d for d in range(min(wanted, number), 0, -1) if number % d == 0)
-    high = next((d for d in range(wanted, min(number, 2 * wanted - low) + 1) if number % d == 0), low)
-    return low if wanted - low <= abs(high - wanted) else high
 
 
 def multiples(number: int, step: int) -> str:

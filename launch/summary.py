@@ -15,7 +15,6 @@ from rich.table import Table
 
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Mesh
-from .config import TrainConfig
 from .evaluate import Evaluation
 from .metrics import read_metrics
 from .picture import draw
@@ -47,7 +46,6 @@ class Summary:
 
 
 def finish(
-    config: TrainConfig,
     mesh: Mesh,
     folder: RunFolder,
     corpus_meta: Mapping[str, Any],

@@ -16,12 +16,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from .errors import UserError
+from .rules import SMALLEST_BPE
 
 END_OF_TEXT = "<|endoftext|>"
 """Separates documents in the tokenizers made here."""
-
-SMALLEST_BPE = 257
-"""All bytes and the end token."""
 
 FILE_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -161,11 +161,10 @@ class Trainer:
         sample = self._sample()
         self._close(metrics)
         return finish(
-            self.config,
             self.mesh,
             self.folder,
             self.corpus_meta,
-            self.progress.__dict__,
+            asdict(self.progress),
             evaluation,
             sample,
             self.num_parameters(),
@@ -175,7 +174,7 @@ class Trainer:
         """Saves a checkpoint of everything that decides how the run goes on."""
         self.watchdog.at(self.progress.step, "saving")
         state = training_state(self.model, self.optimizer, self.mesh, self.is_expert)
-        meta = {"progress": dict(self.progress.__dict__), "config": as_mapping(self.config)}
+        meta = {"progress": asdict(self.progress), "config": as_mapping(self.config)}
         self.checkpoints.save(self.progress.step, state, meta)
         self.saved_at = self.progress.step
 

@@ -110,8 +110,10 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = None
 
-    def forward(self, x_BSD: Tensor, table: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
-        """Attends within each sequence; with a `cache`, also to what it holds."""
+    def forward(
+        self, x_BSD: Tensor, table: tuple[Tensor, Tensor], cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attends within each sequence; with a `cache`, also to what it holds, as its `mask` allows."""
         B, S, _ = x_BSD.shape
         q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD).view(B, S, self.kv_heads, self.width)
         if self.q_norm is not None and self.k_norm is not None and not self.norm_per_head:
@@ -125,7 +127,6 @@ class Attention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
-            mask = cache.mask(S)
             k, v = cache.append(self.layer, k, v)
             y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, enable_gqa=grouped)
         return self.out(y.transpose(1, 2).reshape(B, S, -1))

@@ -13,8 +13,11 @@ def _positive(owner: object, *names: str) -> None:
             raise ValueError(f"{name}: {value} is too small; use 1 or more")
 
 
-def _nearest_divisor(number: int, wanted: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` (at least 1) nearest to `wanted`; the smaller one of two."""
+    low = next(d for d in range(min(wanted, number), 0, -1) if number % d == 0)
+    high = next((d for d in range(wanted, min(number, 2 * wanted - low) + 1) if number % d == 0), low)
+    return low if wanted - low <= abs(high - wanted) else high
 
 
 _USUAL = {"rope_theta": "10000", "norm_eps": "1e-6", "init_std": "0.02"}
@@ -154,12 +157,12 @@ class ModelConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is not positive; use for example {_USUAL[name]}")
         if self.d_head == 0 and self.d_model % self.heads:
-            nearest = _nearest_divisor(self.d_model, self.heads)
+            nearest = nearest_divisor(self.d_model, self.heads)
             raise ValueError(
                 f"heads: {self.heads} does not divide d_model: {self.d_model}; use {nearest}, or set d_head"
             )
         if self.heads % self.num_kv_heads:
-            nearest = _nearest_divisor(self.heads, self.num_kv_heads)
+            nearest = nearest_divisor(self.heads, self.num_kv_heads)
             raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads: {self.heads}; use {nearest}")
         if self.head_width % 2:
             raise ValueError(

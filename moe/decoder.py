@@ -43,10 +43,14 @@ class Block(nn.Module):
             self.ffn = SwiGLU(config.d_model, config.dense_width)
 
     def forward(
-        self, x_BSD: Tensor, table: tuple[Tensor, Tensor], cache: KVCache | None = None
+        self,
+        x_BSD: Tensor,
+        table: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """The residual stream after this block, and its routing if it has experts."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table, cache)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table, cache, mask)
         normed_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoELayer):
             y_BSD, routing = self.ffn(normed_BSD, dropless=cache is not None)
@@ -99,9 +103,10 @@ class Decoder(nn.Module):
         x_BSD = self.embedding(tokens_BS)
         positions = cache.positions(S) if cache is not None else torch.arange(S, device=tokens_BS.device)
         table = rotary_table(positions, self.config.head_width, self.config.rope_theta, x_BSD.dtype)
+        mask = cache.mask(S) if cache is not None else None
         routings: list[Routing] = []
         for block in self.blocks:
-            x_BSD, routing = block(x_BSD, table, cache)
+            x_BSD, routing = block(x_BSD, table, cache, mask)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:

@@ -13,14 +13,7 @@ from wastenot.tools.bench.peers import megatron, roster
 from wastenot.tools.bench.peers.remote import RemoteStep
 from wastenot.tools.bench.peers.roster import ENTRIES, OURS, REFERENCE, LeftOut, start
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two test runs on the same cores would otherwise wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(top_k=2, **changes):

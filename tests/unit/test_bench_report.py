@@ -13,14 +13,7 @@ from wastenot.tools.bench.interleave import FEWEST_ROUNDS, interleave
 from wastenot.tools.bench.outside import is_inside, outside_share
 from wastenot.tools.bench.report import Report, at_least, at_most, environment
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two test runs on the same cores would otherwise wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Clock:

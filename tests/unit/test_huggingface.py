@@ -126,13 +126,7 @@ def compute(model: Any, family: str, folder: Path) -> Theirs:
     return Theirs(folder, tokens_BS, targets_BS, logits.detach(), gradients)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
