@@ -84,6 +84,7 @@ class Decoder(nn.Module):
         if config.vocab_size < 1:
             raise ValueError("vocab_size: 0 is only for configurations that a tokenizer completes; set the size")
         self.config = config
+        self.mesh = mesh
         self.backend: Backend = backend
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...parallel.consult import consult
 from ...parallel.mesh import Mesh
+from ..config import RouterConfig
 from ..decoder import Decoder
 from ..layer import MoELayer
 from .huggingface_config import config_from_huggingface, config_to_huggingface
@@ -157,16 +158,13 @@ def save_huggingface(
     """
     folder = Path(folder)
     layers = _moe_layers(model)
-    if not layers:
-        raise ValueError(f"the {family} family has no such models:\nmodel.moe: null has no experts")
-    one = next(iter(layers.values()))
-    config = config_to_huggingface(
-        model.config, one.router.config, family, max_positions=max_positions, end_token=end_token
-    )
+    # A dense model has no router, and nothing that is said of one matters.
+    router = next((layer.router.config for layer in layers.values()), RouterConfig())
+    config = config_to_huggingface(model.config, router, family, max_positions=max_positions, end_token=end_token)
     _refuse_biases(layers)
     shards = _divide(_homes(model, family), shard_bytes)
     names = _file_names(len(shards))
-    mesh = one.dispatcher.mesh
+    mesh = model.mesh
     partial = folder.with_name(f".{folder.name}.partial")
     _on_root(mesh, lambda: _begin(folder, partial))
     for name, shard in zip(names, shards, strict=True):

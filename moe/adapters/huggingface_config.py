@@ -11,15 +11,25 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..config import ModelConfig, MoEConfig, RouterConfig
-from .huggingface_names import FAMILIES, Family
+from .huggingface_names import FAMILIES, Family, has_experts
 
 ARCHITECTURES: dict[Family, str] = {
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
     "deepseek": "DeepseekForCausalLM",
+    "llama": "LlamaForCausalLM",
 }
-_QK_NORM: dict[Family, str] = {"mixtral": "none", "qwen3_moe": "head", "olmoe": "full", "deepseek": "none"}
+_SAME_AS: dict[str, Family] = {"mistral": "llama"}
+"""Values of `model_type` that name the models of another family, under the same names on disk."""
+
+_QK_NORM: dict[Family, str] = {
+    "mixtral": "none",
+    "qwen3_moe": "head",
+    "olmoe": "full",
+    "deepseek": "none",
+    "llama": "none",
+}
 _ROPE_THETA = {"mixtral": 1e6}
 """What a file that names no theta means; 1e4 in the other families."""
 
@@ -65,28 +75,23 @@ def config_from_huggingface(config: Mapping[str, Any]) -> tuple[ModelConfig, Rou
 
     Raises ValueError listing every key that is missing, or says what our model cannot compute.
     """
-    family = config.get("model_type")
+    kind = config.get("model_type")
+    family = _SAME_AS.get(kind, kind) if isinstance(kind, str) else kind
     if family not in FAMILIES:
-        raise ValueError(f"model_type: {family!r} is no family known here; use one of {', '.join(FAMILIES)}")
+        known = ", ".join([*FAMILIES, *_SAME_AS])
+        raise ValueError(f"model_type: {kind!r} is no family known here; use one of {known}")
     reader = _Reader(config)
     _refuse_what_differs(reader, family)
     d_model, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
-    experts, layers = reader.integer(*_EXPERTS[family]), reader.integer("num_hidden_layers")
-    every, first_dense = _dense_layers(reader, family, layers)
-    d_expert = reader.integer(_EXPERT_WIDTH[family])
-    top_k = reader.integer("num_experts_per_tok")
+    layers = reader.integer("num_hidden_layers")
+    experts, choice = _experts(reader, family, layers) if has_experts(family) else ({}, {})
     vocab_size, kv_heads = reader.integer("vocab_size"), reader.integer("num_key_value_heads", default=heads)
     d_head = reader.integer("head_dim", default=d_model // max(1, heads))
-    d_ff = reader.integer("intermediate_size") if family in ("qwen3_moe", "deepseek") else 0
-    shared = reader.integer("n_shared_experts", default=0) if family == "deepseek" else 0
+    d_ff = reader.integer("intermediate_size") if family in _DENSE_WIDTH else 0
     rope_theta, norm_eps = _rope_theta(reader, family), float(reader.number("rms_norm_eps"))
     init_std = float(reader.number("initializer_range", default=0.02))
-    balance = "aux_loss_alpha" if family == "deepseek" else "router_aux_loss_coef"
-    balance_loss = float(reader.number(balance, default=0.0))
-    normalized = family == "mixtral" or bool(config.get("norm_topk_prob"))
     if reader.problems:
         raise ValueError("\n".join([f"config.json ({family}) cannot be carried over:", *reader.problems]))
-    moe = MoEConfig(experts=experts, d_expert=d_expert, shared_experts=shared, every=every, first_dense=first_dense)
     model = ModelConfig(
         vocab_size=vocab_size,
         d_model=d_model,
@@ -101,17 +106,9 @@ def config_from_huggingface(config: Mapping[str, Any]) -> tuple[ModelConfig, Rou
         tie_embeddings=bool(config.get("tie_word_embeddings")),
         init_std=init_std,
         init_residual="plain",
-        moe=moe,
+        moe=MoEConfig(**experts) if has_experts(family) else None,
     )
-    router = RouterConfig(
-        top_k=top_k,
-        normalize="top_k" if normalized else "none",
-        # Deviation: theirs divides a single weight by itself, and the router never learns; ours keeps the
-        # same weight of 1 with a gradient.
-        detach=top_k == 1,
-        balance_loss=balance_loss,
-    )
-    return model, router, family
+    return model, RouterConfig(**choice), family
 
 
 def config_to_huggingface(
@@ -130,9 +127,8 @@ def config_to_huggingface(
     Raises ValueError listing all that the family cannot say.
     """
     problems = [*_not_said_by_any(model, router), *_not_said_by(family, model, router)]
-    if problems or model.moe is None:
+    if problems:
         raise ValueError("\n".join([f"the {family} family has no such models:", *problems]))
-    moe = model.moe
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
@@ -153,17 +149,24 @@ def config_to_huggingface(
         "bos_token_id": None,
         "eos_token_id": end_token,
         "pad_token_id": None,
+    }
+    if family in _HEAD_WIDTH:
+        config["head_dim"] = model.head_width
+    if family in _DENSE_WIDTH:
+        config["intermediate_size"] = model.dense_width
+    return config if model.moe is None else config | _of_experts(model.moe, router, family)
+
+
+def _of_experts(moe: MoEConfig, router: RouterConfig, family: Family) -> dict[str, Any]:
+    """The keys of config.json that are about experts."""
+    config: dict[str, Any] = {
         "num_experts_per_tok": router.top_k,
         _EXPERTS[family][0]: moe.experts,
         _EXPERT_WIDTH[family]: moe.d_expert,
         "aux_loss_alpha" if family == "deepseek" else "router_aux_loss_coef": router.balance_loss,
     }
-    if family in ("mixtral", "qwen3_moe"):
-        config["head_dim"] = model.head_width
     if family != "mixtral":
         config["norm_topk_prob"] = router.normalize != "none"
-    if family in ("qwen3_moe", "deepseek"):
-        config["intermediate_size"] = model.dense_width
     if family == "qwen3_moe":
         config |= {"decoder_sparse_step": moe.every, "mlp_only_layers": list(range(moe.first_dense))}
     if family == "deepseek":
@@ -192,16 +195,50 @@ _EXPERT_WIDTH: dict[Family, str] = {
 }
 
 
+_DENSE_WIDTH: tuple[Family, ...] = ("qwen3_moe", "deepseek", "llama")
+"""Families whose `intermediate_size` is the width of dense layers."""
+
+_HEAD_WIDTH: tuple[Family, ...] = ("mixtral", "qwen3_moe", "llama")
+"""Families whose heads may be wider or narrower than d_model / heads."""
+
+
+def _experts(reader: _Reader, family: Family, layers: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of MoEConfig and those of RouterConfig."""
+    every, first_dense = _dense_layers(reader, family, layers)
+    top_k = reader.integer("num_experts_per_tok")
+    balance = "aux_loss_alpha" if family == "deepseek" else "router_aux_loss_coef"
+    normalized = family == "mixtral" or bool(reader.config.get("norm_topk_prob"))
+    experts = {
+        "experts": reader.integer(*_EXPERTS[family]),
+        "d_expert": reader.integer(_EXPERT_WIDTH[family]),
+        "shared_experts": reader.integer("n_shared_experts", default=0) if family == "deepseek" else 0,
+        "every": every,
+        "first_dense": first_dense,
+    }
+    choice = {
+        "top_k": top_k,
+        "normalize": "top_k" if normalized else "none",
+        # Deviation: theirs divides a single weight by itself, and the router never learns; ours keeps the
+        # same weight of 1 with a gradient.
+        "detach": top_k == 1,
+        "balance_loss": float(reader.number(balance, default=0.0)),
+    }
+    return experts, choice
+
+
 def _refuse_what_differs(reader: _Reader, family: Family) -> None:
     """Notes the keys that change the model in ways that ours does not have."""
     reader.only("hidden_act", "silu", "swish", why="is another activation than SwiGLU's")
     reader.only("attention_bias", False, why="adds biases to the projections")
+    reader.only("mlp_bias", False, why="adds biases to the feed-forward networks")
     reader.only("attention_dropout", 0, why="drops attention weights in training")
     reader.only("router_jitter_noise", 0, why="disturbs the experts' inputs too, jitter here the router's alone")
     reader.only("clip_qkv", why="clips queries, keys and values")
     reader.only("quantization_config", why="stores quantized weights")
     if reader.config.get("use_sliding_window", True):
         reader.only("sliding_window", why="hides older tokens from attention")
+    if reader.config.get("model_type") == "mistral" and "sliding_window" not in reader.config:
+        reader.problems.append("sliding_window: missing, which is 4096 in this family; only null can be carried over")
     if family == "deepseek":
         reader.only("moe_layer_freq", 1, why="interleaves dense layers in another rhythm")
         reader.only("scoring_func", "softmax", why="is no score of this family")
@@ -253,7 +290,8 @@ def _dense_layers(reader: _Reader, family: Family, layers: int) -> tuple[int, in
 def _not_said_by_any(model: ModelConfig, router: RouterConfig) -> Iterator[str]:
     """What no family can say."""
     if model.moe is None:
-        yield "model.moe: null has no experts; there is no family of dense models here"
+        # A dense model reads nothing of what is said of the router.
+        return
     if router.kind != "learned":
         yield f"router.kind: {router.kind} is for benchmarks; stock routers are learned"
     if router.score != "softmax":
@@ -273,10 +311,17 @@ def _not_said_by(family: Family, model: ModelConfig, router: RouterConfig) -> It
         yield f"model.qk_norm: {model.qk_norm} is not this family's {_QK_NORM[family]}"
     if family in ("olmoe", "deepseek") and model.head_width * model.heads != model.d_model:
         yield f"model.d_head: {model.head_width} is not this family's d_model / heads"
+    if family == "llama" and model.d_model % model.heads:
+        yield f"model.heads: {model.heads} does not divide d_model: {model.d_model}, as this family's must"
+    if moe is None:
+        if has_experts(family):
+            yield "model.moe: null has no experts; use the llama family"
+        return
+    if not has_experts(family):
+        yield f"model.moe: {moe.experts} experts are more than this family's null; use the family of such a model"
+        return
     if family == "mixtral" and router.normalize == "none":
         yield "router.normalize: none is not this family's top_k"
-    if moe is None:
-        return
     if moe.shared_experts and family != "deepseek":
         yield f"model.moe.shared_experts: {moe.shared_experts} is more than this family's 0"
     dense = [layer for layer in range(model.layers) if not model.is_moe(layer)]

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 if TYPE_CHECKING:
     from torch import Tensor
 
-Family = Literal["mixtral", "qwen3_moe", "olmoe", "deepseek"]
-"""Naming schemes, called after the `model_type` of config.json; `deepseek` is that of DeepSeek-MoE-16B."""
+Family = Literal["mixtral", "qwen3_moe", "olmoe", "deepseek", "llama"]
+"""Naming schemes, called after the `model_type` of config.json; `deepseek` is that of DeepSeek-MoE-16B. The models of
+`llama` are dense."""
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
@@ -51,6 +52,7 @@ class _Spelling:
     up: str = "up_proj"
     down: str = "down_proj"
     norms_queries: bool = False
+    has_experts: bool = True
     has_dense_layers: bool = False
     has_shared_experts: bool = False
 
@@ -60,6 +62,7 @@ _SPELLINGS: dict[Family, _Spelling] = {
     "qwen3_moe": _Spelling(norms_queries=True, has_dense_layers=True),
     "olmoe": _Spelling(norms_queries=True),
     "deepseek": _Spelling(has_dense_layers=True, has_shared_experts=True),
+    "llama": _Spelling(has_experts=False, has_dense_layers=True),
 }
 
 _OUTSIDE = {
@@ -80,6 +83,11 @@ _DENSE = {f"ffn.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
 _SHARED = {f"ffn.shared.{part}": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")}
 
 
+def has_experts(family: Family) -> bool:
+    """Whether models of `family` are mixtures of experts; the others are dense."""
+    return _SPELLINGS[family].has_experts
+
+
 def pieces(name: str, shape: Sequence[int], family: Family, first_expert: int = 0) -> Iterator[Piece]:
     """The tensors on disk that our weight `name` of `shape` consists of, in order.
 
@@ -94,7 +102,7 @@ def pieces(name: str, shape: Sequence[int], family: Family, first_expert: int = 
         yield _whole(_OUTSIDE[name], name, shape)
         return
     layer, rest = f"model.layers.{in_block[1]}", in_block[2]
-    if rest in ("ffn.experts.gate_up", "ffn.experts.down"):
+    if spelling.has_experts and rest in ("ffn.experts.gate_up", "ffn.experts.down"):
         yield from _experts(f"{layer}.{spelling.moe}.experts", name, tuple(shape), spelling, first_expert)
         return
     known = _names_in_block(spelling).get(rest.removesuffix(".weight"))
@@ -131,7 +139,9 @@ def _whole(disk_name: str, name: str, shape: Sequence[int]) -> Piece:
 
 def _names_in_block(spelling: _Spelling) -> dict[str, str]:
     """Stems of the weights of one block, ours to theirs, but for the experts."""
-    names = {**_IN_BLOCK, "ffn.router": f"{spelling.moe}.gate"}
+    names = dict(_IN_BLOCK)
+    if spelling.has_experts:
+        names["ffn.router"] = f"{spelling.moe}.gate"
     if spelling.norms_queries:
         names |= _QUERY_NORMS
     if spelling.has_dense_layers:

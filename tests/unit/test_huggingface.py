@@ -20,7 +20,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen3MoeConfig,
+)
 from transformers.utils import logging
 
 from wastenot.moe.adapters.huggingface import (
@@ -32,7 +40,7 @@ from wastenot.moe.adapters.huggingface import (
     save_huggingface,
     to_huggingface,
 )
-from wastenot.moe.adapters.huggingface_names import FAMILIES, Family, pieces
+from wastenot.moe.adapters.huggingface_names import FAMILIES, Family, has_experts, pieces
 from wastenot.moe.config import ModelConfig, MoEConfig, RouterConfig
 from wastenot.moe.decoder import Decoder, build_decoder
 from wastenot.parallel.mesh import single
@@ -73,6 +81,9 @@ CASES: dict[str, Any] = {
         tie_word_embeddings=True,
     ),
     "olmoe": OlmoeConfig(**SHAPE, intermediate_size=24, num_experts=16, num_experts_per_tok=4),
+    "llama": LlamaConfig(**SHAPE, intermediate_size=80, head_dim=16, rope_parameters={"rope_theta": 5e5}),
+    "llama-tied": LlamaConfig(**SHAPE, intermediate_size=80, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SHAPE, intermediate_size=80, sliding_window=None),
 }
 
 
@@ -226,7 +237,9 @@ def test_ours_on_disk_is_theirs_and_comes_back_bit_for_bit(case: str, theirs: An
 
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     assert {kind: names for kind, names in info.items() if names} == {}
-    assert (type(model.config).__name__, model.config.eos_token_id) == (type(CASES[case]).__name__, 5)
+    # Mistral's dense models are Llama's under another name.
+    kind = "llama" if case == "mistral" else CASES[case].model_type
+    assert (model.config.model_type, model.config.eos_token_id) == (kind, 5)
     tokens_BS = theirs(case).tokens_BS
     with torch.no_grad():
         torch.testing.assert_close(
@@ -257,7 +270,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*filter(has_experts, FAMILIES)])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_pieces_cover_every_value_once_and_no_name_twice(name: str, family: Family) -> None:
     shape = WEIGHTS[name]
@@ -289,6 +302,8 @@ def test_a_share_of_the_experts_has_their_global_numbers() -> None:
         ("blocks.0.attention.q_norm.weight", "mixtral"),
         ("blocks.0.ffn.router.bias_E", "deepseek"),
         ("blocks.0.attention.q.bias", "olmoe"),
+        ("blocks.0.ffn.router.weight", "llama"),
+        ("blocks.0.ffn.experts.down", "llama"),
         ("nothing", "olmoe"),
     ],
 )
@@ -415,30 +430,34 @@ def test_a_selection_bias_is_not_silently_lost(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dense_model_has_no_family(tmp_path: Path) -> None:
+def test_a_dense_model_is_of_no_family_with_experts(tmp_path: Path) -> None:
     config = ModelConfig(vocab_size=12, d_model=8, layers=1, heads=2, moe=None)
-    with pytest.raises(ValueError, match="null has no experts"):
+    with pytest.raises(ValueError, match="null has no experts; use the llama family"):
         save_huggingface(build_decoder(config, RouterConfig(), single()), tmp_path / "out", "qwen3_moe")
+    with pytest.raises(ValueError, match="4 experts are more than this family's null"):
+        save_huggingface(a_model(), tmp_path / "out", "llama")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_configurations_come_back_as_they_went(family: Family) -> None:
     qk_norm = {"qwen3_moe": "head", "olmoe": "full"}.get(family, "none")
-    moe = MoEConfig(
+    some = MoEConfig(
         experts=6,
         d_expert=24,
         shared_experts=2 if family == "deepseek" else 0,
         first_dense={"deepseek": 2, "qwen3_moe": 3}.get(family, 0),
         every=2 if family == "qwen3_moe" else 1,
     )
+    moe = some if has_experts(family) else None
     model = ModelConfig(
         vocab_size=99,
         d_model=48,
         layers=6,
         heads=4,
         kv_heads=2,
-        d_head=10 if family in ("mixtral", "qwen3_moe") else 12,
-        d_ff=64 if family in ("qwen3_moe", "deepseek") else 0,
+        d_head=10 if family in ("mixtral", "qwen3_moe", "llama") else 12,
+        d_ff=64 if family in ("qwen3_moe", "deepseek", "llama") else 0,
         rope_theta=5e5,
         norm_eps=1e-4,
         qk_norm=qk_norm,  # type: ignore[arg-type]
@@ -447,7 +466,8 @@ def test_configurations_come_back_as_they_went(family: Family) -> None:
         init_residual="plain",
         moe=moe,
     )
-    router = RouterConfig(top_k=3, normalize="top_k" if family != "olmoe" else "none", detach=False, balance_loss=0.125)
+    normalize = "top_k" if family != "olmoe" else "none"
+    router = RouterConfig(top_k=3, normalize=normalize, detach=False, balance_loss=0.125) if moe else RouterConfig()
     config = json.loads(json.dumps(config_to_huggingface(model, router, family)))
     assert config_from_huggingface(config) == (model, router, family)
     # transformers 5 keeps theta inside, 4 outside; either alone will do.
@@ -465,7 +485,8 @@ def test_a_single_normalised_choice_keeps_its_gradient() -> None:
 @pytest.mark.parametrize(
     ("case", "changes", "messages"),
     [
-        ("mixtral", {"model_type": "llama"}, ["model_type: 'llama' is no family known here; use one of mixtral"]),
+        ("mixtral", {"model_type": "gpt2"}, ["model_type: 'gpt2' is no family known here; use one of mixtral"]),
+        ("mixtral", {"model_type": None}, ["model_type: None is no family known here", "llama, mistral"]),
         ("mixtral", {"hidden_act": "gelu"}, ["hidden_act: 'gelu' is another activation"]),
         ("mixtral", {"sliding_window": 4096}, ["sliding_window: 4096 hides older tokens", "only null"]),
         ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise: 0.1 disturbs"]),
@@ -483,6 +504,10 @@ def test_a_single_normalised_choice_keeps_its_gradient() -> None:
         ("qwen3_moe", {"decoder_sparse_step": 1, "mlp_only_layers": [2]}, ["mlp_only_layers: [2] leaves dense layers"]),
         ("qwen3_moe", {"decoder_sparse_step": 9}, ["decoder_sparse_step: 9 no layer has experts"]),
         ("qwen3_moe", {"mlp_only_layers": 3}, ["mlp_only_layers: 3 is no list"]),
+        ("llama", {"mlp_bias": True, "attention_bias": True}, ["mlp_bias: True adds", "attention_bias: True adds"]),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["rope_type: 'llama3' stretches"]),
+        ("llama", {"intermediate_size": None}, ["intermediate_size: missing"]),
+        ("mistral", {"sliding_window": 4096}, ["sliding_window: 4096 hides older tokens", "only null"]),
         ("olmoe", {"rope_parameters": [1]}, ["rope_parameters: [1] is no mapping"]),
         ("olmoe", {"clip_qkv": 8.0, "attention_dropout": 0.1}, ["clip_qkv: 8.0 clips", "attention_dropout: 0.1 drops"]),
     ],
@@ -497,7 +522,10 @@ def test_what_our_models_cannot_compute_is_refused(case: str, changes: dict, mes
     ("family", "model", "router", "messages"),
     [
         ("mixtral", {"qk_norm": "head"}, {}, ["model.qk_norm: head is not this family's none"]),
-        ("mixtral", {"moe": None}, {}, ["model.moe: null has no experts"]),
+        ("mixtral", {"moe": None}, {}, ["model.moe: null has no experts; use the llama family"]),
+        ("llama", {}, {}, ["model.moe: 8 experts are more than this family's null"]),
+        ("llama", {"moe": None, "qk_norm": "head"}, {}, ["model.qk_norm: head is not this family's none"]),
+        ("llama", {"moe": None, "heads": 3, "d_head": 64}, {}, ["model.heads: 3 does not divide d_model: 256"]),
         ("mixtral", {}, {"normalize": "none"}, ["router.normalize: none is not"]),
         ("mixtral", {"moe": MoEConfig(every=2)}, {}, ["layers [0, 2] are dense"]),
         ("mixtral", {"moe": MoEConfig(shared_experts=1)}, {}, ["shared_experts: 1 is more"]),
@@ -512,6 +540,21 @@ def test_what_a_family_cannot_say_is_refused(family: Family, model: dict, router
     with pytest.raises(ValueError) as error:
         config_to_huggingface(ModelConfig(**{"vocab_size": 10, **model}), RouterConfig(**router), family)
     assert all(message in str(error.value) for message in messages), error.value
+
+
+def test_a_mistral_that_does_not_name_its_window_has_one() -> None:
+    """transformers takes 4096 for it."""
+    config = {key: value for key, value in CASES["mistral"].to_dict().items() if key != "sliding_window"}
+    with pytest.raises(ValueError, match="sliding_window: missing, which is 4096 in this family"):
+        config_from_huggingface(config)
+
+
+def test_of_a_dense_model_nothing_is_said_about_a_router() -> None:
+    odd = RouterConfig(kind="uniform", score="sigmoid", scale=2.0)
+    dense = ModelConfig(vocab_size=10, moe=None)
+    config = config_to_huggingface(dense, odd, "llama")
+    assert config == config_to_huggingface(dense, RouterConfig(), "llama")
+    assert not [key for key in config if "expert" in key or "router" in key]
 
 
 def test_the_adapter_does_without_transformers() -> None:
