@@ -35,10 +35,16 @@ def some_layer_has_experts(config: TrainConfig) -> list[Violation]:
 
 def top_k_fits(config: TrainConfig) -> list[Violation]:
     moe, router = config.model.moe, config.router
-    if moe is None or router.top_k <= moe.experts:
+    if moe is None or router.num_choices <= moe.experts:
         return []
-    message = f"{router.top_k} exceeds model.moe.experts: {moe.experts}; use at most {moe.experts}"
-    return [Violation(("router.top_k", "model.moe.experts"), message)]
+    if router.top_k > moe.experts:
+        message = f"{router.top_k} exceeds model.moe.experts: {moe.experts}; use at most {moe.experts}"
+        return [Violation(("router.top_k", "model.moe.experts"), message)]
+    left = moe.experts - router.top_k
+    fix = f"use at most {left}" if left else "use rectify.fill: false"
+    asked = f"{router.rectify.fill_ranks} beyond router.top_k: {router.top_k}"
+    message = f"{asked} exceed model.moe.experts: {moe.experts}; {fix}"
+    return [Violation(("router.rectify.fill_ranks", "router.top_k", "model.moe.experts"), message)]
 
 
 def groups_fit(config: TrainConfig) -> list[Violation]:
@@ -50,11 +56,12 @@ def groups_fit(config: TrainConfig) -> list[Violation]:
         message = f"{router.groups} does not divide model.moe.experts: {moe.experts}; use {fix}"
         return [Violation(("router.groups", "model.moe.experts"), message)]
     within_reach = router.top_groups * moe.experts // router.groups
-    if within_reach < router.top_k <= moe.experts:
-        enough = -(-router.top_k * router.groups // moe.experts)
+    if within_reach < router.num_choices <= moe.experts:
+        enough = -(-router.num_choices * router.groups // moe.experts)
+        wanted = f"top_k: {router.top_k}" + (" and its fill_ranks" if router.rectify.fill else "")
         message = (
             f"{router.top_groups} of {router.groups} groups hold {within_reach} experts, fewer than "
-            f"top_k: {router.top_k}; use {enough} or more"
+            f"{wanted}; use {enough} or more"
         )
         return [Violation(("router.top_groups", "router.groups", "router.top_k", "model.moe.experts"), message)]
     return []
@@ -90,7 +97,7 @@ def benchmark_routers_learn_nothing(config: TrainConfig) -> list[Violation]:
         ignored = []
     else:
         ignored = [(name, 0.0) for name in ("balance_loss", "z_loss", "bias_update", "jitter")]
-    if router.kind != "skewed":
+    if router.kind not in ("skewed", "bursty"):
         ignored.append(("skew", 1.0))
     found = []
     for name, off in ignored:
@@ -192,7 +199,27 @@ def world_rules(config: TrainConfig, world: int) -> list[Violation]:
         fix = multiples(emulate.sources, world)
         message = f"{emulate.sources} is not a multiple of the {world} ranks; use {fix}"
         found.append(Violation(("router.emulate.sources", *layout), message))
+    elif not found:
+        found += _stand_ins_stay(config, world)
     return found
+
+
+def _stand_ins_stay(config: TrainConfig, world: int) -> list[Violation]:
+    """Padded dispatch has no slots for stand-ins, so emulated owners must be the ranks that really hold the experts."""
+    moe, emulate, degree = config.model.moe, config.router.emulate, config.parallel.expert
+    if moe is None or emulate is None or moe.dispatch != "padded" or not config.router.rectify.intra:
+        return []
+    blocks, owners = emulate.sources // world, emulate.owners
+    if moe.experts % owners or (
+        all(source % owners * degree // owners == source // blocks % degree for source in range(emulate.sources))
+        and owners >= degree
+    ):
+        return []
+    message = (
+        f"padded has no slots for stand-ins on other ranks, where router.emulate puts them with {degree} expert "
+        "rank(s); use ragged"
+    )
+    return [Violation(("model.moe.dispatch", "router.emulate", "parallel.expert"), message)]
 
 
 def schedule_fits(config: TrainConfig) -> list[Violation]:

@@ -39,6 +39,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer = self.path / "tokenizer"
         self.summary = self.path / "summary.json"
+        self.ledger = self.path / "ledger.json"
         self.picture = self.path / "report.png"
         self.profile = self.path / "profile"
 

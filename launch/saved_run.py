@@ -1,4 +1,4 @@
-"""A run's folder as a model again: one of its checkpoints in this one process, whatever layout trained it."""
+"""A run's folder as a model again, whatever layout trained it, and a model as the folder of a run to come."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 from ..moe.config import EmulateConfig, RouterConfig
 from ..moe.decoder import Decoder
 from ..parallel.apply import parallelize
-from ..parallel.checkpoint import newest
+from ..parallel.checkpoint import Checkpointer, newest
 from ..parallel.expert import expert_parameter_names
 from ..parallel.manifest import read_manifest
 from ..parallel.mesh import Mesh, single
-from ..parallel.training_state import load_training_state
+from ..parallel.training_state import load_training_state, training_state
 from .config import TrainConfig
 from .env import Rank, pick_device
 from .errors import UserError
 from .precision import weight_dtype
 from .run_folder import RunFolder
+from .settings import as_mapping, dump_config
 from .tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 
 
@@ -59,6 +60,22 @@ def open_run(path: Path | str, step: int | None = None) -> SavedRun:
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint of {folder.path}: {error}") from error
     return SavedRun(folder, config, checkpoint, manifest.step, model.eval(), tokenizer, mesh)
+
+
+def write_run(config: TrainConfig, model: Decoder, tokenizer: Tokenizer, source: str) -> None:
+    """Makes `config.log.dir`, new or empty, a run with one checkpoint: of step 0, weights only, made from `source`.
+
+    A training run that resumes from it starts at step 0 with these weights.
+    """
+    folder = RunFolder(config.log.dir)
+    folder.tokenizer.mkdir(parents=True)
+    tokenizer.save(folder.tokenizer)
+    checkpoints = Checkpointer(folder.checkpoints, model.mesh, asynchronous=False)
+    state = training_state(model, None, model.mesh, expert_parameter_names(model).__contains__)
+    checkpoints.save(0, state, {"source": source, "config": as_mapping(config)})
+    checkpoints.close()
+    # Last: a folder without it is no run yet.
+    folder.config.write_text(dump_config(config), encoding="utf-8")
 
 
 def blank_decoder(config: TrainConfig, mesh: Mesh, router: RouterConfig) -> Decoder:

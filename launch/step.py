@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..moe.decoder import Decoder
-from ..moe.ledger import count_choices
+from ..moe.ledger import SLOTS, check_identities, count_layers
 from ..moe.losses import auxiliary_loss, update_bias
 from ..moe.router import TopKRouter
 from ..parallel.apply import seed_of
@@ -35,7 +35,9 @@ class StepResult:
     auxiliary: dict[str, float]
     """Unweighted router losses, mean over layers and micro-batches."""
     counts: Tensor
-    """`moe.ledger.count_choices`, summed."""
+    """`moe.ledger.count_layers` of all micro-batches, summed over ranks."""
+    local_counts: Tensor
+    """The same of this rank alone."""
     applied: bool
     """False where loss or gradient was not finite and the step was skipped."""
     stop_requested: bool
@@ -78,6 +80,7 @@ class Stepper:
             lr=lr,
             auxiliary=dict(zip(shown, means, strict=True)),
             counts=counts,
+            local_counts=local["counts"],
             applied=applied,
             stop_requested=everything[len(losses)].item() > 0,
         )
@@ -105,7 +108,10 @@ class Stepper:
             loss += nats.detach().double()
             for name, value in values.items():
                 shown[name] = shown.get(name, 0) + value / config.train.accumulate
-            chosen = count_choices(output.routings)
+            if config.log.debug:
+                for routing in output.routings:
+                    check_identities(routing)
+            chosen = count_layers(output.routings)
             counts = chosen if counts is None else counts + chosen
         assert counts is not None
         return {"loss": loss, "counts": counts}, shown
@@ -116,5 +122,5 @@ class Stepper:
         self.optimizer.step()
         if self.config.router.bias_update > 0:
             routers = [m for m in self.model.modules() if isinstance(m, TopKRouter)]
-            for router, load_E in zip(routers, counts[:, :-2], strict=True):
+            for router, load_E in zip(routers, counts[:, : -len(SLOTS)], strict=True):
                 update_bias(router, load_E)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from ..moe.ledger import RATIOS, slot_ratios, sum_up
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Mesh
 from .evaluate import Evaluation
@@ -38,7 +39,16 @@ class Summary:
     """Of the rank that used most."""
     skipped_steps: int
     expert_load_max_over_mean: float | None
+    """Of the last steps; as all that follows up to `unserved_ratio`, None for a model without experts."""
+    kept_ratio: float | None
+    """Part of the run's choices, as `filled`, `rectified` and `dropped`."""
+    filled_ratio: float | None
+    rectified_ratio: float | None
     dropped_ratio: float | None
+    padding_ratio: float | None
+    """Part of the run's slots."""
+    unserved_ratio: float | None
+    """Part of the run's tokens, layer by layer."""
     world: int
     parameters: int
     picture: str | None
@@ -53,8 +63,9 @@ def finish(
     evaluation: Evaluation,
     sample: str,
     parameters: int,
+    tokens_per_step: int,
 ) -> Summary:
-    """Gathers the summary on all ranks; rank 0 writes it and draws the picture."""
+    """Gathers the summary on all ranks; rank 0 writes it and the ledger, and draws the picture."""
     peak = all_reduce(
         torch.tensor([peak_memory_bytes(mesh.device)], device=mesh.device),
         mesh.world,
@@ -67,6 +78,13 @@ def finish(
     speeds = sorted(line["tokens_per_second"] for line in steps)
     ngram = corpus_meta["ngram_bits_per_byte"]
     picture = draw(folder.picture, lines, ngram) if mesh.world.rank == 0 else None
+    account = sum_up(steps)
+    ratios: dict[str, float | None] = dict.fromkeys(RATIOS)
+    if account is not None:
+        tokens = tokens_per_step * account["steps"]
+        ratios |= slot_ratios(account["slots"], tokens)
+        told = {"tokens": tokens, "world": mesh.world.size, "training_seconds": progress["seconds"]}
+        write_atomically(folder.ledger, json.dumps(told | account, indent=1) + "\n")
     summary = Summary(
         steps=progress["step"],
         val_loss=evaluation.loss,
@@ -79,7 +97,7 @@ def finish(
         peak_memory_bytes=int(peak.item()),
         skipped_steps=progress["skipped"],
         expert_load_max_over_mean=steps[-1].get("expert_load_max_over_mean") if steps else None,
-        dropped_ratio=steps[-1].get("dropped_ratio") if steps else None,
+        **ratios,
         world=mesh.world.size,
         parameters=parameters,
         picture=None if picture is None else str(picture),
@@ -122,8 +140,11 @@ def print_table(summary: Summary, folder: RunFolder, console: Console) -> None:
     facts.add_row("parameters", f"{summary.parameters:,}")
     facts.add_row("throughput", f"{summary.tokens_per_second:,.0f} tokens/s")
     if summary.expert_load_max_over_mean is not None and summary.dropped_ratio is not None:
-        load = f"busiest expert {summary.expert_load_max_over_mean:.2f}x the mean; {summary.dropped_ratio:.1%} dropped"
-        facts.add_row("expert load", load)
+        facts.add_row("expert load", f"busiest expert {summary.expert_load_max_over_mean:.2f}x the mean")
+        facts.add_row("choices", _shares(summary, "kept", "rectified", "dropped"))
+        facts.add_row(
+            "slots", _shares(summary, "padding", "filled") + f"; {summary.unserved_ratio:.1%} of tokens unserved"
+        )
     facts.add_row("memory", f"{summary.peak_memory_bytes / 2**20:,.0f} MiB at most on a rank")
     if summary.skipped_steps:
         facts.add_row("skipped steps", f"{summary.skipped_steps} (loss or gradient not finite)")
@@ -133,3 +154,8 @@ def print_table(summary: Summary, folder: RunFolder, console: Console) -> None:
     else:
         facts.add_row("picture", "none: pip install 'wastenot[viz]'")
     console.print(facts)
+
+
+def _shares(summary: Summary, *names: str) -> str:
+    """`1.2% padding, 3.4% filled`."""
+    return ", ".join(f"{getattr(summary, f'{name}_ratio'):.1%} {name}" for name in names)

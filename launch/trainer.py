@@ -12,10 +12,10 @@ import torch
 
 from ..moe.decoder import Decoder, build_decoder
 from ..moe.generate import generate
-from ..moe.ledger import Ledger, report_load
+from ..moe.ledger import SLOTS, Ledger, merge
 from ..parallel.checkpoint import Checkpointer, newest
 from ..parallel.checkpoint import read_meta as read_checkpoint_meta
-from ..parallel.collectives import tune_pieces
+from ..parallel.collectives import gather_to_root, tune_pieces
 from ..parallel.expert import expert_parameter_names
 from ..parallel.gradients import Gradients
 from ..parallel.mesh import Mesh
@@ -114,7 +114,8 @@ class Trainer:
             metrics.write(event="start", step=progress.step, world=self.mesh.world.size, piece_bytes=self.piece_bytes)
         in_a_row = 0
         mark, mark_step = time.perf_counter(), progress.step
-        self.ledger.take()
+        self.ledger.clear()
+        counts = torch.zeros(())
         with self.console.following("train", config.train.steps, progress.step) as line, self._profiling() as tick:
             while progress.step < config.train.steps:
                 self.watchdog.at(progress.step, "training")
@@ -123,13 +124,16 @@ class Trainer:
                 progress.samples += config.train.batch
                 in_a_row = 0 if result.applied else in_a_row + 1
                 progress.skipped += not result.applied
+                self.ledger.add(result.local_counts)
+                counts = counts + result.counts
                 tick()
-                if progress.step % config.log.every == 0 or progress.step == config.train.steps or not result.applied:
+                if self._is_logged(result):
                     now = time.perf_counter()
                     step_s = (now - mark) / (progress.step - mark_step)
                     progress.seconds += now - mark
                     mark, mark_step = now, progress.step
-                    numbers = self._measure(result, step_s)
+                    numbers = self._measure(result, step_s, counts)
+                    counts = torch.zeros(())
                     if metrics is not None:
                         metrics.write(**numbers)
                         seconds_left = step_s * (config.train.steps - progress.step)
@@ -168,6 +172,7 @@ class Trainer:
             evaluation,
             sample,
             self.num_parameters(),
+            self.config.train.batch * self.config.data.seq_len,
         )
 
     def save(self) -> None:
@@ -243,10 +248,19 @@ class Trainer:
         [tokens] = generate(self.model, [prompt], max_new_tokens=count, temperature=0.8, seed=self.config.train.seed)
         return self.tokenizer.decode(tokens)
 
-    def _measure(self, result: StepResult, step_s: float) -> dict[str, object]:
-        """One line of metrics.jsonl."""
-        config, ledger = self.config, self.ledger.take()
-        load = report_load(result.counts)
+    def _is_logged(self, result: StepResult) -> bool:
+        """Whether a line of metrics ends here: also where a checkpoint is saved, so that no line spans two sessions."""
+        config, step = self.config, self.progress.step
+        saved = config.checkpoint.every and step % config.checkpoint.every == 0
+        last = step == config.train.steps or result.stop_requested
+        return bool(step % config.log.every == 0 or saved or last or not result.applied)
+
+    def _measure(self, result: StepResult, step_s: float, counts: torch.Tensor) -> dict[str, object]:
+        """One line of metrics.jsonl; `counts` are those of all steps and ranks since the last line."""
+        config, mesh = self.config, self.mesh
+        page = self.ledger.page()
+        self.ledger.clear()
+        pages = gather_to_root(page, mesh.world, "ledger", mesh.recorder)
         tokens = config.train.batch * config.data.seq_len
         numbers: dict[str, object] = {
             "step": self.progress.step,
@@ -256,15 +270,11 @@ class Trainer:
             **result.auxiliary,
             "tokens_per_second": tokens / step_s,
             "step_seconds": step_s,
-            "sent_bytes": sum(kind.num_bytes for kind in ledger.values()),
-            "waited_seconds": sum(kind.waited_s for kind in ledger.values()),
             "skipped": self.progress.skipped,
         }
-        if load is not None:
-            numbers["expert_load_max_over_mean"] = load.max_over_mean
-            numbers["expert_load"] = load.per_layer
-            numbers["dead_experts"] = load.dead
-            numbers["dropped_ratio"] = load.dropped_ratio
+        if pages is None:
+            return numbers
+        numbers |= merge(pages, counts[:, : -len(SLOTS)], tokens * page.steps)
         return numbers
 
     def _why_stopped(self, in_a_row: int) -> str:

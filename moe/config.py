@@ -37,13 +37,48 @@ class EmulateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    """Token-choice top-k routing (METHODS R1-R4, R8, R10)."""
+class RectifyConfig:
+    """Rectify-Router (METHODS R5-R7, R9; arXiv 2402.12399): no token unserved, fewer slots padded."""
 
-    kind: Literal["learned", "uniform", "skewed"] = "learned"
-    """`uniform` and `skewed` ignore the tokens: benchmarks only, and labelled as such in every report."""
+    intra: bool = False
+    """Tokens that lost choices to full experts go to the best expert on their own rank (R6)."""
+    fill: bool = False
+    """Slots that would be padding take tokens' next-best choices (R5)."""
+    fill_ranks: int = 1
+    """How many choices beyond top_k may fill slots."""
+    select: Literal["any", "all"] = "any"
+    """`intra` serves tokens that lost any of their choices so that fewer than top_k remain, or all of them."""
+    capacity: float | None = None
+    """Rows `intra` may add per rank, as a part of its tokens: shapes are then static, and tokens beyond it are
+    dropped (R9); null sets no bound."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "fill_ranks")
+        if self.capacity is not None and not 0 < self.capacity <= 1:
+            nearest = 1.0 if self.capacity > 1 else 0.25
+            raise ValueError(f"capacity: {self.capacity} is outside (0, 1]; use {nearest}, or null for no bound")
+        if self.fill_ranks != 1 and not self.fill:
+            raise ValueError(f"fill_ranks: {self.fill_ranks} has no effect without fill: true; use 1")
+        for name, usual in (("select", "any"), ("capacity", None)):
+            if not self.intra and getattr(self, name) != usual:
+                shown = "null" if usual is None else usual
+                raise ValueError(f"{name}: {getattr(self, name)} has no effect without intra: true; use {shown}")
+
+    @property
+    def is_on(self) -> bool:
+        return self.intra or self.fill
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Token-choice top-k routing (METHODS R1-R10)."""
+
+    kind: Literal["learned", "uniform", "skewed", "bursty", "replay"] = "learned"
+    """All but `learned` ignore the tokens: benchmarks only, and labelled as such in every report."""
     skew: float = 1.0
-    """Zipf exponent of `kind: skewed`."""
+    """Zipf exponent of `kind: skewed`; how much a burst prefers its expert in `kind: bursty`."""
+    trace: str | None = None
+    """File of recorded logits that `kind: replay` repeats; `wastenot eval RUN --trace FILE` records one."""
     top_k: int = 2
     """Experts per token."""
     score: Literal["softmax", "sigmoid"] = "softmax"
@@ -71,14 +106,20 @@ class RouterConfig:
     """Weight of the router z-loss, mean of logsumexp(logits)^2."""
     bias_update: float = 0.0
     """Step of the auxiliary-loss-free selection bias; 0 switches it off."""
+    rectify: RectifyConfig = field(default_factory=RectifyConfig)
     emulate: EmulateConfig | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "top_k", "groups", "top_groups")
         if self.top_groups > self.groups:
             raise ValueError(f"top_groups: {self.top_groups} exceeds groups: {self.groups}; use at most {self.groups}")
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(f"capacity_factor: {self.capacity_factor} leaves no slot; use a positive factor or null")
+        if self.capacity_factor is None and self.rectify.is_on:
+            raise ValueError(
+                "rectify: nothing is dropped or padded without a capacity_factor; set one, for example 1.0, or "
+                "intra: false and fill: false"
+            )
+        if self.capacity_factor is not None:
+            self._check_capacity(self.capacity_factor)
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter: {self.jitter} is outside [0, 1); use for example 0.01")
         if self.scale <= 0:
@@ -88,13 +129,26 @@ class RouterConfig:
         for name in ("balance_loss", "z_loss", "bias_update"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is negative; use 0 (off) or more")
-        if self.top_k == 1 and self.normalize != "none" and not self.detach:
+        if (self.kind == "replay") != (self.trace is not None):
+            raise ValueError(
+                f"trace: {self.trace} does not go with kind: {self.kind}; kind: replay needs a file, others none"
+            )
+        if self.num_choices == 1 and self.normalize != "none" and not self.detach:
             raise ValueError(
                 "detach: false with top_k: 1 makes every weight a constant 1 and the router learns nothing; "
                 "use detach: true or normalize: none"
             )
         if self.emulate is not None and self.jitter > 0:
             raise ValueError("jitter: noise depends on the world size, which emulate excludes; use jitter: 0")
+
+    def _check_capacity(self, factor: float) -> None:
+        if factor < 0 or (factor == 0 and not self.rectify.intra):
+            raise ValueError(f"capacity_factor: {factor} leaves no slot; use a positive factor or null")
+
+    @property
+    def num_choices(self) -> int:
+        """K: experts that a token may be routed to, fill-in choices included."""
+        return self.top_k + (self.rectify.fill_ranks if self.rectify.fill else 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,8 @@ class Block(nn.Module):
         self.attention = Attention(config, layer, backend)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps, backend)
         if config.moe is not None and config.is_moe(layer):
-            self.ffn = MoELayer(config.d_model, config.moe, router, mesh, piece_bytes, backend)
+            nth = sum(config.is_moe(earlier) for earlier in range(layer))
+            self.ffn = MoELayer(config.d_model, config.moe, router, mesh, piece_bytes, backend, nth)
         else:
             self.ffn = SwiGLU(config.d_model, config.dense_width)
 

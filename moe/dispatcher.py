@@ -22,7 +22,20 @@ from ..kernels.dispatch import permute, reorder
 from ..parallel.collectives import Exchange, Splits, all_gather_rows, start_all_to_all
 from ..parallel.expert import local_experts
 from ..parallel.mesh import Mesh
-from .routing import Routing
+from .routing import Routing, StandIns
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """Rows that never leave this rank: stand-ins of intra-GPU rectification. L rows."""
+
+    position_T1: Tensor
+    """int64: row of each token; -1: none."""
+    source_L: Tensor
+    """int64: token of each row; -1: padding."""
+    offsets_e: Tensor
+    """int32: row after the last of each local expert."""
+    weight_T1: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,10 @@ class DispatchHandle:
     inverse_R: Tensor | None
     offsets_e: Tensor
     """int32: row after the last of each local expert, after sorting."""
+    weights_TK: Tensor
+    """Combine weight of each choice; here K counts stand-ins that travel with the choices."""
+    local: LocalRows | None = None
+    """Stand-ins that are computed apart, while the others travel."""
 
 
 class Dispatcher:
@@ -58,34 +75,54 @@ class Dispatcher:
         dispatch: str = "ragged",
         piece_bytes: int = 0,
         backend: Backend = "auto",
+        name: str = "",
     ) -> None:
+        """`name` goes before the names of the collectives, say `layer3.`."""
         self.num_experts, self.mesh, self.padded = num_experts, mesh, dispatch == "padded"
-        self.piece_bytes = piece_bytes
+        self.piece_bytes, self.name = piece_bytes, name
         self.backend: Backend = backend
         self.local = local_experts(num_experts, mesh.expert)
 
-    def plan(self, routing: Routing, row_bytes: int) -> DispatchHandle:
-        """Lays out the rows of `routing`; `row_bytes` is the size of one, for cutting the exchange."""
+    def plan(self, routing: Routing, row_bytes: int, stand_ins_travel: bool = False) -> DispatchHandle:
+        """Lays out the rows of `routing`; `row_bytes` is the size of one, for cutting the exchange.
+
+        Stand-ins are one more choice where that costs nothing: on one rank, in one call of the experts with all
+        other rows. Elsewhere they stay out of the exchange and are computed while it lasts. `stand_ins_travel`:
+        their experts may be on other ranks (emulated ones).
+        """
         padded = self.padded and routing.capacity is not None
-        B, E, device = routing.num_blocks, routing.num_experts, routing.slots_TK.device
+        experts_TK, slots_TK, weights_TK = routing.experts_TK, routing.slots_TK, routing.weights_TK
+        counts_BE, local = routing.counts_BE, None
+        stand_ins = routing.stand_ins
+        if stand_ins is not None and not padded and (stand_ins_travel or self.mesh.expert.group is None):
+            experts_TK, slots_TK, weights_TK, counts_BE = _with_stand_ins(routing, stand_ins)
+        elif stand_ins is not None:
+            local = self._local_rows(routing, stand_ins)
+        B, E, device = routing.num_blocks, routing.num_experts, slots_TK.device
         if padded:
             counts_EB = torch.full((E, B), routing.capacity or 0, dtype=torch.int64, device=device)
         else:
-            counts_EB = routing.counts_BE.t().contiguous()
-        position_TK, source_N = self._rows(routing, counts_EB, padded)
+            counts_EB = counts_BE.t().contiguous()
+        if padded:
+            num_rows = E * B * (routing.capacity or 0)
+        elif routing.capacity is None:
+            num_rows = slots_TK.numel()
+        else:
+            num_rows = int(counts_EB.sum())
+        position_TK, source_N = _rows(experts_TK, slots_TK, counts_EB, num_rows)
         dropless = routing.capacity is None
         axis = self.mesh.expert
         if axis.group is None:
             offsets_e = counts_EB.sum(1).cumsum(0).to(torch.int32)
             splits = Splits([source_N.numel()], [source_N.numel()])
-            return DispatchHandle(position_TK, source_N, not dropless, splits, None, None, offsets_e)
+            return DispatchHandle(position_TK, source_N, not dropless, splits, None, None, offsets_e, weights_TK, local)
         counts_E = counts_EB.sum(1)
         if padded:
             counts_GE = counts_E.expand(axis.size, E)
             per_rank = (routing.capacity or 0) * B * len(self.local)
             pair_rows = [[per_rank] * axis.size] * axis.size
         else:
-            counts_GE = all_gather_rows(counts_E, axis, "dispatch-counts", self.mesh.recorder)
+            counts_GE = all_gather_rows(counts_E, axis, f"{self.name}dispatch-counts", self.mesh.recorder)
             pair_rows = counts_GE.view(axis.size, axis.size, -1).sum(-1).tolist()  # [from][to], on the host
         largest = max(max(row) for row in pair_rows) * row_bytes
         pieces = max(1, -(-largest // self.piece_bytes)) if self.piece_bytes else 1
@@ -98,33 +135,36 @@ class Dispatcher:
         inverse_R = torch.empty_like(order_R)
         inverse_R[order_R] = torch.arange(order_R.numel(), device=device)
         offsets_e = counts_Ge.sum(0).cumsum(0).to(torch.int32)
-        return DispatchHandle(position_TK, source_N, not dropless, splits, order_R, inverse_R, offsets_e)
+        return DispatchHandle(
+            position_TK, source_N, not dropless, splits, order_R, inverse_R, offsets_e, weights_TK, local
+        )
 
-    def _rows(self, routing: Routing, counts_EB: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
-        """Row of every choice, and token of every row: rows by expert, then block, then slot."""
-        T, K = routing.slots_TK.shape
-        device = routing.slots_TK.device
-        start_EB = (counts_EB.reshape(-1).cumsum(0) - counts_EB.reshape(-1)).view_as(counts_EB)
-        block_T1 = torch.arange(T, device=device).div(T // routing.num_blocks, rounding_mode="floor").unsqueeze(1)
-        kept_TK = routing.slots_TK >= 0
-        position_TK = start_EB[routing.experts_TK, block_T1] + routing.slots_TK
-        position_TK = torch.where(kept_TK, position_TK, -1)
-        if padded:
-            num_rows = counts_EB.numel() * (routing.capacity or 0)
-        elif routing.capacity is None:
-            num_rows = T * K
+    def _local_rows(self, routing: Routing, stand_ins: StandIns) -> LocalRows:
+        """Rows of the stand-ins, all of whose experts are on this rank; static in number under a bound (R9)."""
+        counts_eB = stand_ins.counts_BE[:, self.local.start : self.local.stop].t().contiguous()
+        expert_T1 = (stand_ins.expert_T - self.local.start).clamp(min=0).unsqueeze(1)
+        if stand_ins.bound is None:
+            num_rows = int(counts_eB.sum())
         else:
-            num_rows = int(counts_EB.sum())
-        token_TK = torch.arange(T, device=device).unsqueeze(1).expand(T, K)
-        source = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=device)
-        # Dropped choices write to a spare last cell.
-        source.scatter_(0, torch.where(kept_TK, position_TK, num_rows).reshape(-1), token_TK.reshape(-1))
-        return position_TK, source[:num_rows]
+            num_rows = stand_ins.bound * routing.num_blocks
+        position_T1, source_L = _rows(expert_T1, stand_ins.slots_T.unsqueeze(1), counts_eB, num_rows)
+        offsets_e = counts_eB.sum(1).cumsum(0).to(torch.int32)
+        if stand_ins.bound is not None:
+            offsets_e[-1] = num_rows  # empty rows go to the last expert, which makes nothing of them
+        return LocalRows(position_T1, source_L, offsets_e, stand_ins.weight_T.unsqueeze(1))
 
     def start_dispatch(self, x_TD: Tensor, handle: DispatchHandle) -> Exchange:
         """Tokens become rows by expert and leave for the experts' ranks."""
         rows_ND = permute(x_TD, handle.source_N, handle.position_TK, handle.may_be_empty, self.backend)
-        return start_all_to_all(rows_ND, handle.splits, self.mesh.expert, "dispatch", self.mesh.recorder)
+        return start_all_to_all(rows_ND, handle.splits, self.mesh.expert, f"{self.name}dispatch", self.mesh.recorder)
+
+    def local_rows(self, x_TD: Tensor, local: LocalRows) -> Tensor:
+        """Tokens become the rows that stay here, by expert; [L, D]."""
+        return permute(x_TD, local.source_L, local.position_T1, True, self.backend)
+
+    def combine_local(self, rows_LD: Tensor, local: LocalRows) -> Tensor:
+        """The stand-ins' part of each token's sum; [T, D]."""
+        return combine(rows_LD, local.weight_T1, local.position_T1, local.source_L, True, self.backend)
 
     def finish_dispatch(self, exchange: Exchange, handle: DispatchHandle) -> Tensor:
         """Waits for the rows and sorts them by this rank's experts; [R, D]."""
@@ -138,9 +178,41 @@ class Dispatcher:
         if handle.order_R is not None and handle.inverse_R is not None:
             rows_RD = reorder(rows_RD, handle.inverse_R, handle.order_R, self.backend)
         back = handle.splits.reversed()
-        return start_all_to_all(rows_RD, back, self.mesh.expert, "combine", self.mesh.recorder)
+        return start_all_to_all(rows_RD, back, self.mesh.expert, f"{self.name}combine", self.mesh.recorder)
 
-    def finish_combine(self, exchange: Exchange, weights_TK: Tensor, handle: DispatchHandle) -> Tensor:
+    def finish_combine(self, exchange: Exchange, handle: DispatchHandle) -> Tensor:
         """Waits for the outputs; each token's weighted sum [T, D]."""
-        rows_ND = exchange.wait()
+        rows_ND, weights_TK = exchange.wait(), handle.weights_TK
         return combine(rows_ND, weights_TK, handle.position_TK, handle.source_N, handle.may_be_empty, self.backend)
+
+
+def _with_stand_ins(routing: Routing, stand_ins: StandIns) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Experts, slots, weights [T, K + 1] and counts [B, E] with the stand-in as the last choice, last in the queue."""
+    taken_T = routing.counts_BE[_block_T(routing.slots_TK, routing.num_blocks), stand_ins.expert_T.clamp(min=0)]
+    slots_T = torch.where(stand_ins.slots_T >= 0, stand_ins.slots_T + taken_T, -1)
+    return (
+        torch.cat([routing.experts_TK, stand_ins.expert_T.clamp(min=0).unsqueeze(1)], 1),
+        torch.cat([routing.slots_TK, slots_T.unsqueeze(1)], 1),
+        torch.cat([routing.weights_TK, stand_ins.weight_T.unsqueeze(1)], 1),
+        routing.counts_BE + stand_ins.counts_BE,
+    )
+
+
+def _rows(experts_TK: Tensor, slots_TK: Tensor, counts_EB: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Row of every choice, and token of every row: rows by expert, then block, then slot."""
+    T, K = slots_TK.shape
+    start_EB = (counts_EB.reshape(-1).cumsum(0) - counts_EB.reshape(-1)).view_as(counts_EB)
+    kept_TK = slots_TK >= 0
+    block_T1 = _block_T(slots_TK, counts_EB.size(1)).unsqueeze(1)
+    position_TK = torch.where(kept_TK, start_EB[experts_TK, block_T1] + slots_TK, -1)
+    token_TK = torch.arange(T, device=slots_TK.device).unsqueeze(1).expand(T, K)
+    source = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=slots_TK.device)
+    # Choices without a slot write to a spare last cell.
+    source.scatter_(0, torch.where(kept_TK, position_TK, num_rows).reshape(-1), token_TK.reshape(-1))
+    return position_TK, source[:num_rows]
+
+
+def _block_T(slots_TK: Tensor, blocks: int) -> Tensor:
+    """int64 [T]: the block that each token belongs to."""
+    T = slots_TK.size(0)
+    return torch.arange(T, device=slots_TK.device).div(max(1, T // blocks), rounding_mode="floor")

@@ -15,7 +15,7 @@ from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Mesh
 from .config import RouterConfig
 from .router import TopKRouter
-from .routing import Routing
+from .routing import Routing, count_of
 
 
 def load_balance(routing: Routing, over: str, mesh: Mesh, sequences: int) -> Tensor:
@@ -28,12 +28,12 @@ def load_balance(routing: Routing, over: str, mesh: Mesh, sequences: int) -> Ten
     T, E = routing.probs_TE.shape
     first_T = routing.experts_TK[:, 0]
     if over == "global":
-        part_E = first_T.bincount(minlength=E).to(routing.probs_TE.dtype)
+        part_E = count_of(first_T, E).to(routing.probs_TE.dtype)
         part_E = all_reduce(part_E, mesh.world, "balance-counts", mesh.recorder) / (T * mesh.world.size)
         return E * (part_E * routing.probs_TE.mean(0)).sum() / mesh.world.size
     groups = routing.num_blocks if over == "block" else sequences
     group_T = torch.arange(T, device=first_T.device) // (T // groups)
-    counts_gE = (group_T * E + first_T).bincount(minlength=groups * E).view(groups, E)
+    counts_gE = count_of(group_T * E + first_T, groups * E).view(groups, E)
     part_gE = counts_gE.to(routing.probs_TE.dtype) / (T // groups)
     mean_gE = routing.probs_TE.view(groups, T // groups, E).mean(1)
     return E * (part_gE * mean_gE).sum() / (groups * mesh.world.size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -168,6 +169,18 @@ def all_reduce(tensor: Tensor, axis: Axis, name: str, recorder: Recorder, op=dis
         dist.all_reduce(tensor, op=op, group=axis.group)
         recorder.collective_left(name, time.perf_counter() - start if tensor.device.type == "cpu" else 0.0)
     return tensor
+
+
+def gather_to_root(value: Any, axis: Axis, name: str, recorder: Recorder) -> list[Any] | None:
+    """On rank 0 of `axis` everyone's `value` (a small picklable object), in order of rank; None on the others."""
+    if axis.group is None:
+        return [value]
+    recorder.collective_entered(name, 0)
+    start = time.perf_counter()
+    values: list[Any] | None = [None] * axis.size if axis.rank == 0 else None
+    dist.gather_object(value, values, dst=dist.get_global_rank(axis.group, 0), group=axis.group)
+    recorder.collective_left(name, time.perf_counter() - start)
+    return values
 
 
 def tune_pieces(mesh: Mesh, probe_bytes: int = 2**20, rounds: int = 5) -> int:

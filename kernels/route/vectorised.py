@@ -49,7 +49,8 @@ def assign(
     block_b = torch.arange(blocks, device=device).view(blocks, 1, 1)
     key_N = (ordered_bsK + block_b * num_experts).transpose(1, 2).reshape(-1)  # [blocks, K, size]
     sorted_N, origin_N = key_N.sort(stable=True)
-    wanted = torch.bincount(sorted_N, minlength=queues)
+    # Not bincount, which asks the device for the largest value.
+    wanted = torch.zeros(queues, dtype=torch.int64, device=device).scatter_add_(0, sorted_N, torch.ones_like(sorted_N))
     start = wanted.cumsum(0) - wanted
     slot_N = torch.empty_like(key_N)
     slot_N[origin_N] = torch.arange(key_N.numel(), device=device) - start[sorted_N]

@@ -11,16 +11,9 @@ from hypothesis import strategies as st
 
 from wastenot.moe.config import RouterConfig
 from wastenot.moe.losses import auxiliary_loss, load_balance, update_bias, z_loss
-from wastenot.moe.router import (
-    SkewedRouter,
-    TopKRouter,
-    UniformRouter,
-    capacity_of,
-    combine_weights,
-    make_router,
-    priority_of,
-)
+from wastenot.moe.router import TopKRouter, capacity_of, make_router, priority_of
 from wastenot.moe.routing import Routing
+from wastenot.moe.weights import combine_weights
 from wastenot.parallel.mesh import single
 
 MESH = single()
@@ -63,12 +56,11 @@ def test_gate_computes_in_fp32_under_autocast():
 
 
 def weights(probs, chosen, slots, **config) -> torch.Tensor:
-    return combine_weights(
-        torch.tensor(probs, dtype=torch.float64).requires_grad_(),
-        torch.tensor(chosen),
-        torch.tensor(slots),
-        RouterConfig(**config),
-    )
+    return weights_of(torch.tensor(probs, dtype=torch.float64), chosen, slots, RouterConfig(**config))
+
+
+def weights_of(probs_TE: torch.Tensor, chosen: list, slots: list, config: RouterConfig) -> torch.Tensor:
+    return combine_weights(probs_TE.gather(1, torch.tensor(chosen)).log(), torch.tensor(slots), config)
 
 
 def test_weights_normalise_over_survivors():
@@ -88,15 +80,15 @@ def test_weights_survive_underflow():
 
 def test_top_1_weight_is_exactly_one_and_still_teaches_the_router():
     probs = torch.tensor([[0.7, 0.3], [0.4, 0.6]], dtype=torch.float64, requires_grad=True)
-    w = combine_weights(probs, torch.tensor([[0], [1]]), torch.tensor([[0], [0]]), RouterConfig(top_k=1))
+    w = weights_of(probs, [[0], [1]], [[0], [0]], RouterConfig(top_k=1))
     assert (w == 1).all()
-    assert torch.autograd.grad(w.sum(), probs)[0].tolist() == [[1, 0], [0, 1]]
+    torch.testing.assert_close(torch.autograd.grad(w.sum(), probs)[0], torch.eye(2, dtype=torch.float64))
 
 
 def test_denominator_passes_gradient_only_without_detach():
     def gradient(detach: bool) -> list[float]:
         probs = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64, requires_grad=True)
-        w = combine_weights(probs, torch.tensor([[0, 1]]), torch.tensor([[0, 0]]), RouterConfig(detach=detach))
+        w = weights_of(probs, [[0, 1]], [[0, 0]], RouterConfig(detach=detach))
         return torch.autograd.grad(w[0, 0], probs)[0][0].tolist()
 
     assert gradient(True) == pytest.approx([1 / 0.8, 0, 0])
@@ -191,23 +183,20 @@ def test_emulated_blocks_equal_separate_ranks_bit_for_bit(config):
         assert together.counts_BE[i].equal(alone.counts_BE[0])
 
 
-def test_uniform_router_spreads_evenly_and_skewed_follows_zipf():
-    even = router(8, RouterConfig(kind="uniform", top_k=2))
-    assert isinstance(even, UniformRouter)
-    assert even(tokens(16)).load_E.tolist() == [4] * 8
-    skewed = router(8, RouterConfig(kind="skewed", top_k=2, skew=1.5))
-    assert isinstance(skewed, SkewedRouter)
-    load = skewed(tokens(2000)).load_E
-    assert load[0] > 3 * load[7]
-    assert skewed(tokens(50)).experts_TK.equal(skewed(tokens(50, seed=9)).experts_TK)
-    assert (skewed(tokens(50)).experts_TK[:, 0] != skewed(tokens(50)).experts_TK[:, 1]).all()
-
-
 def routing_of(first: list[int], probs: list[list[float]], blocks: int = 1) -> Routing:
     probs_TE = torch.tensor(probs, dtype=torch.float64)
     chosen = torch.tensor(first).unsqueeze(1)
     counts = torch.zeros(blocks, probs_TE.size(1), dtype=torch.int64)
-    return Routing(chosen, torch.ones(len(first), 1), torch.zeros_like(chosen), counts, None, probs_TE.log(), probs_TE)
+    return Routing(
+        experts_TK=chosen,
+        weights_TK=torch.ones(len(first), 1),
+        slots_TK=torch.zeros_like(chosen),
+        counts_BE=counts,
+        capacity=None,
+        logits_TE=probs_TE.log(),
+        probs_TE=probs_TE,
+        top_k=1,
+    )
 
 
 def test_balance_loss_by_hand():
