@@ -27,6 +27,7 @@ COMMANDS = {
     "eval": "wastenot.tools.eval",
     "generate": "wastenot.tools.generate",
     "convert": "wastenot.tools.convert",
+    "upcycle": "wastenot.tools.upcycle",
     "launch": "wastenot.tools.launch",
     "doctor": "wastenot.tools.doctor",
     "bench": "wastenot.tools.bench.command",

@@ -11,9 +11,9 @@ from ..launch.config import DataConfig, LogConfig, TrainConfig
 from ..launch.env import Rank, pick_device
 from ..launch.errors import UserError
 from ..launch.run_folder import RunFolder
-from ..launch.saved_run import SavedRun, blank_decoder, open_run
-from ..launch.settings import as_mapping, dump_config, parse_config
-from ..launch.tokenizer import FILE_NAME, load_tokenizer
+from ..launch.saved_run import SavedRun, blank_decoder, open_run, write_run
+from ..launch.settings import as_mapping, parse_config
+from ..launch.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from ..moe.adapters.huggingface import (
     CONFIG,
     FAMILIES,
@@ -23,11 +23,9 @@ from ..moe.adapters.huggingface import (
     load_huggingface,
     save_huggingface,
 )
+from ..moe.adapters.huggingface_names import has_experts
 from ..moe.decoder import Decoder
-from ..parallel.checkpoint import Checkpointer
-from ..parallel.expert import expert_parameter_names
 from ..parallel.mesh import single
-from ..parallel.training_state import training_state
 
 HELP = "turn a Hugging Face checkpoint into a run, or a run into a Hugging Face checkpoint"
 EXAMPLE = "wastenot convert to-hf runs/quickstart exported"
@@ -79,45 +77,48 @@ def to_huggingface(source: Path, target: Path, step: int | None, family: Family 
 def from_huggingface(source: Path, target: Path) -> dict[str, Any]:
     """Writes the checkpoint folder `source`, with its tokenizer.json, as a run with one checkpoint, of step 0.
 
+    Raises UserError as `open_huggingface`.
+    """
+    config, model, tokenizer, family = open_huggingface(source, target)
+    write_run(config, model, tokenizer, str(source))
+    return _told(target, family, model)
+
+
+def open_huggingface(source: Path, target: Path) -> tuple[TrainConfig, Decoder, Tokenizer, Family]:
+    """The checkpoint folder `source` in this process, and the configuration of the run at `target` it may become.
+
     Raises UserError where `source` is no checkpoint of a known family.
     """
     described = _read_config(source / CONFIG)
     try:
         model_config, router, family = config_from_huggingface(described)
         tokenizer = load_tokenizer(source)
-        mesh = single(pick_device(Rank()))
-        folder = RunFolder(target)
         config = TrainConfig(
             model=model_config,
             router=router,
             data=DataConfig(
-                tokenizer=str(folder.tokenizer / FILE_NAME), seq_len=described.get("max_position_embeddings", 2048)
+                tokenizer=str(RunFolder(target).tokenizer / FILE_NAME),
+                seq_len=described.get("max_position_embeddings", 2048),
             ),
             log=LogConfig(dir=str(target)),
         )
         # Rules that span owners, as for a file.
         config = parse_config(as_mapping(config), str(source / CONFIG))
-        model = blank_decoder(config, mesh, router)
+        model = blank_decoder(config, single(pick_device(Rank())), router)
         load_huggingface(model, source, family)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
-    folder.tokenizer.mkdir(parents=True)
-    tokenizer.save(folder.tokenizer)
-    checkpoints = Checkpointer(folder.checkpoints, mesh, asynchronous=False)
-    state = training_state(model, None, mesh, expert_parameter_names(model).__contains__)
-    checkpoints.save(0, state, {"source": str(source), "config": as_mapping(config)})
-    checkpoints.close()
-    # Last: a folder without it is no run yet.
-    folder.config.write_text(dump_config(config), encoding="utf-8")
-    return _told(target, family, model)
+    return config, model, tokenizer, family
 
 
 def _family_of(saved: SavedRun) -> Family:
     """The first family whose stock models compute what this one does; UserError saying why none does."""
     reasons: list[str] = []
     for family in FAMILIES:
+        if has_experts(family) != (saved.config.model.moe is not None):
+            continue
         try:
             config_to_huggingface(saved.config.model, saved.config.router, family)
         except ValueError as error:

@@ -14,9 +14,10 @@ from wastenot.launch.config import CheckpointConfig, DataConfig, LogConfig, Loop
 from wastenot.launch.corpus import prepare_files
 from wastenot.launch.evaluate import evaluate
 from wastenot.launch.run_folder import RunFolder
-from wastenot.launch.saved_run import open_run
+from wastenot.launch.saved_run import open_run, write_run
 from wastenot.launch.settings import as_mapping
 from wastenot.launch.shards import TokenShards
+from wastenot.launch.tokenizer import byte_tokenizer
 from wastenot.moe.adapters.huggingface import StoredWeights
 from wastenot.moe.config import ModelConfig, MoEConfig, RouterConfig
 from wastenot.moe.decoder import build_decoder
@@ -217,11 +218,35 @@ def test_an_exported_run_loads_in_transformers(made: Path, tmp_path: Path) -> No
     assert [token for token in theirs[0, prompt.size(1) :].tolist() if token != end] == ours
 
 
+def test_a_dense_run_is_a_llama_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = TrainConfig(
+        model=ModelConfig(vocab_size=257, d_model=32, layers=2, heads=4, kv_heads=2, init_std=0.2, moe=None),
+        data=DataConfig(tokenizer="bytes", seq_len=32),
+        log=LogConfig(dir=str(tmp_path / "run")),
+    )
+    model = build_decoder(config.model, config.router, single())
+    write_run(config, model, byte_tokenizer(), "a test")
+    first, back, second = tmp_path / "first", tmp_path / "back", tmp_path / "second"
+    assert answer(capsys, "convert", "to-hf", tmp_path / "run", first)["family"] == "llama"
+    assert answer(capsys, "convert", "from-hf", first, back)["family"] == "llama"
+    answer(capsys, "convert", "to-hf", back, second)
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+    theirs = AutoModelForCausalLM.from_pretrained(first, dtype=torch.float32)
+    tokens_BS = torch.randint(0, 257, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, given = model.logits(model(tokens_BS).hidden_BSD), theirs(input_ids=tokens_BS).logits
+    torch.testing.assert_close(ours, given, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["to-hf", "RUN", "HERE"], "exists; name a new folder"),
         (["to-hf", "RUN", "out", "--family", "olmoe"], "model.qk_norm: none is not this family's full"),
+        (["to-hf", "RUN", "out", "--family", "llama"], "4 experts are more than this family's null"),
         (["from-hf", "RUN", "out"], "config.json: cannot be read"),
         (["from-hf", "RUN", "out", "--checkpoint", "1"], "--checkpoint and --family are for to-hf"),
     ],
