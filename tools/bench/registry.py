@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 BENCHMARKS = {
     "train": "tokens/s of a training step against other MoE implementations",
     "parity": "the same losses and gradient norms at every (expert, data) layout",
+    "rectify-quality": "held-out loss and accuracy with Rectify-Router, against vanilla and dropless",
 }
-"""Name (also its module's) and what it measures."""
+"""Name (also its module's, with underscores) and what it measures."""
 
 
 class Benchmark(Protocol):
@@ -31,4 +32,4 @@ def load(name: str) -> Benchmark:
     """The benchmark called `name`. Raises ValueError for a name that is not in BENCHMARKS."""
     if name not in BENCHMARKS:
         raise ValueError(f"no benchmark is called {name!r}; there are {', '.join(BENCHMARKS)}")
-    return importlib.import_module(f".{name}", __package__)  # type: ignore[return-value]
+    return importlib.import_module(f".{name.replace('-', '_')}", __package__)  # type: ignore[return-value]
