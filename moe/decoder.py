@@ -162,3 +162,12 @@ def build_decoder(
         model = Decoder(config, router, mesh, piece_bytes, backend)
     parallelize(model, mesh, initialiser(config), seed, dtype)
     return model
+
+
+def with_router(model: Decoder, router: RouterConfig) -> Decoder:
+    """The same weights, shared and not copied, under another `router`; in the mode (training or not) of `model`."""
+    first = next(block.ffn for block in model.blocks if isinstance(block.ffn, MoELayer))
+    with torch.device("meta"):
+        other = Decoder(model.config, router, model.mesh, first.dispatcher.piece_bytes, model.backend)
+    other.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    return other.train(model.training)

@@ -20,7 +20,7 @@ from wastenot.launch.shards import TokenShards
 from wastenot.launch.tokenizer import byte_tokenizer
 from wastenot.moe.adapters.huggingface import StoredWeights
 from wastenot.moe.config import ModelConfig, MoEConfig, RouterConfig
-from wastenot.moe.decoder import build_decoder
+from wastenot.moe.decoder import build_decoder, with_router
 from wastenot.moe.generate import generate
 from wastenot.parallel.checkpoint import Checkpointer
 from wastenot.parallel.expert import expert_parameter_names
@@ -258,3 +258,31 @@ def test_convert_refuses(
     places = {"RUN": str(made), "HERE": str(tmp_path), "out": str(tmp_path / "out")}
     assert message in complaint(capsys, "convert", *(places.get(argument, argument) for argument in arguments))
     assert [path.name for path in tmp_path.iterdir()] == ["something"]
+
+
+def test_slots_pictures_a_batch_before_and_after(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "new" / "slots.png"
+    told = answer(capsys, "slots", made, "--ranks", "2", "--capacity-factor", "0.75", "--output", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    vanilla, rectified = told["vanilla"], told["rectified"]
+    choices = vanilla["kept"] + vanilla["dropped"]
+    assert vanilla["dropped"] > 0 < vanilla["padding"]
+    assert rectified["kept"] + rectified["rectified"] + rectified["dropped"] == choices
+    assert rectified["unserved"] == 0
+    assert rectified["padding"] < vanilla["padding"] or rectified["filled"] == 0
+    assert "use 2" in complaint(capsys, "slots", made, "--ranks", "3", "--output", picture)
+    assert "use 0 to 1" in complaint(capsys, "slots", made, "--ranks", "2", "--layer", "2", "--output", picture)
+    assert "positive factor" in complaint(capsys, "slots", made, "--capacity-factor", "-1", "--output", picture)
+
+
+def test_another_router_shares_the_weights(made: Path) -> None:
+    model = open_run(made).model
+    other = with_router(model, RouterConfig(top_k=1, capacity_factor=1.0))
+    tokens = torch.arange(32).view(2, 16)
+    assert other(tokens).routings[0].capacity == 8
+    assert model(tokens).routings[0].capacity is None
+    assert other.embedding.weight is model.embedding.weight
+    assert not other.training
