@@ -18,6 +18,7 @@ setup(
     package_data={
         "wastenot.configs": ["*.yaml", "*/*.yaml"],
         "wastenot.launch": ["jobs/*"],
+        "wastenot.tools.report": ["page.css"],
         **{f"wastenot.{floor}": ["py.typed"] for floor in FLOORS if floor not in ("configs", "launch")},
     },
 )

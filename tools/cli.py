@@ -25,6 +25,8 @@ COMMANDS = {
     "data": "wastenot.tools.data",
     "config": "wastenot.tools.config",
     "eval": "wastenot.tools.eval",
+    "report": "wastenot.tools.report.command",
+    "slots": "wastenot.tools.slots",
     "generate": "wastenot.tools.generate",
     "convert": "wastenot.tools.convert",
     "upcycle": "wastenot.tools.upcycle",

@@ -49,7 +49,7 @@ def installed(tmp_path_factory) -> Path:
     run(*pip, "--python", python, "install", "--no-deps", wheel, cwd=folder)
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if not name.startswith(("wastenot/", "wastenot-"))], "nothing at the top level"
-    assert "wastenot/configs/quickstart.yaml" in names
+    assert {"wastenot/configs/quickstart.yaml", "wastenot/tools/report/page.css"} <= set(names)
     assert {name for name in names if name.startswith("wastenot/launch/jobs/")}
     return folder / "venv" / "bin"
 

@@ -1,0 +1,190 @@
+"""The account of a run, added up from its lines of metrics, and whether it adds up to what it must."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...moe.ledger import SLOTS
+from ...moe.router import capacity_of
+from .formats import count
+from .runs import Line, Run
+
+OF_CHOICES = ("kept", "rectified", "dropped")
+"""What becomes of the router's choices: adds up to tokens x top-k."""
+
+OF_SLOTS = ("kept", "filled", "padding")
+"""What becomes of slots: adds up to experts x capacity."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """Totals over the steps of a run that its lines of metrics count."""
+
+    steps: int
+    slots: Mapping[str, Sequence[int]]
+    """For each of `moe.ledger.SLOTS`, one number per expert layer; empty lists where the model is dense."""
+    slots_by_rank: Sequence[Sequence[Sequence[int]]] | None
+    """[ranks][layers][SLOTS]; None where it was too much to write down, or the number of ranks changed."""
+    slots_there_are: int | None
+    """In one layer: experts x capacity x ranks x micro-batches. None without a capacity, or where unknown."""
+    tokens: int
+    """Over all ranks and steps."""
+    top_k: int
+    collectives: Mapping[str, Mapping[str, float]]
+    """`calls`, `bytes` and `waited_seconds` for each kind, over all ranks."""
+    sent_bytes_by_layer: Sequence[int] | None
+    sent_bytes_by_rank: Sequence[int] | None
+    waited_seconds_by_rank: Sequence[float] | None
+
+    @property
+    def num_layers(self) -> int:
+        """Expert layers."""
+        return len(self.slots["kept"])
+
+    def total(self, *names: str) -> int:
+        """The sum of `names` over all layers."""
+        return sum(sum(self.slots[name]) for name in names)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One identity of the ledger."""
+
+    identity: str
+    holds: bool
+    detail: str
+
+
+def account_of(run: Run) -> Account | None:
+    """The account of `run`; None where an earlier version wrote it, which kept none, or nothing is logged yet."""
+    lines = ledger_lines(run)
+    if not lines:
+        return None
+    there_are = [_slots_there_are(run, line) for line in lines]
+    steps = sum(line["ledger_steps"] for line in lines)
+    return Account(
+        steps=steps,
+        slots=add_slots(lines),
+        slots_by_rank=_add([line.get("slots_by_rank") for line in lines]),
+        slots_there_are=None if None in there_are else sum(slots or 0 for slots in there_are),
+        tokens=steps * _tokens(run),
+        top_k=run.get("router.top_k", 1),
+        collectives=_add_collectives(lines),
+        sent_bytes_by_layer=_add([line.get("sent_bytes_by_layer") for line in lines]),
+        sent_bytes_by_rank=_add([line.get("sent_bytes_by_rank") for line in lines]),
+        waited_seconds_by_rank=_add([line.get("waited_seconds_by_rank") for line in lines]),
+    )
+
+
+def ledger_lines(run: Run) -> list[Line]:
+    """The lines of `run` that hold an account."""
+    return [line for line in run.lines if "ledger_steps" in line]
+
+
+def add_slots(lines: Iterable[Line]) -> dict[str, list[int]]:
+    """For each of SLOTS, the sums of `lines` per layer."""
+    return {name: _add([line.get("slots", {}).get(name) for line in lines]) or [] for name in SLOTS}
+
+
+def capacity(run: Run, world: int) -> int | None:
+    """Slots per (emulated) rank and expert in one micro-batch on `world` ranks; None without a capacity."""
+    if run.parsed is None or run.parsed.model.moe is None:
+        return None
+    tokens = _tokens(run) // run.parsed.train.accumulate // _blocks(run, world)
+    return capacity_of(run.parsed.router, tokens, run.parsed.model.moe.experts)
+
+
+def checks(run: Run, account: Account) -> list[Check]:
+    """The identities of the ledger, as far as the run wrote down what they need."""
+    found: list[Check] = []
+    numbers = run.layer_numbers(account.num_layers)
+    if account.num_layers:
+        found.append(_whole("tokens × top-k", OF_CHOICES, account, account.tokens * account.top_k, numbers))
+    if account.num_layers and account.slots_there_are is not None:
+        found.append(_whole("experts × capacity", OF_SLOTS, account, account.slots_there_are, numbers))
+    if account.slots_by_rank is not None:
+        found.append(_ranks(account.slots_by_rank, account, numbers))
+    if account.sent_bytes_by_rank is not None:
+        by_rank = sum(account.sent_bytes_by_rank)
+        by_kind = int(sum(kind["bytes"] for kind in account.collectives.values()))
+        told = f"{count(by_rank)} bytes" if by_rank == by_kind else f"{count(by_rank)} and {count(by_kind)}"
+        found.append(Check("bytes sent by all ranks = bytes of all collectives", by_rank == by_kind, told))
+    if account.num_layers and run.ledger.get("steps") == account.steps:
+        differing = [name for name in SLOTS if list(account.slots[name]) != list(run.ledger["slots"][name])]
+        told = f"they differ in {', '.join(differing)}" if differing else f"{count(account.steps)} steps"
+        found.append(Check("the lines of metrics.jsonl add up to ledger.json", not differing, told))
+    return found
+
+
+def _tokens(run: Run) -> int:
+    """Tokens of a step, over all ranks."""
+    return run.get("train.batch", 0) * run.get("data.seq_len", 0)
+
+
+def _blocks(run: Run, world: int) -> int:
+    """Parts of a micro-batch that have slots of their own."""
+    return run.get("router.emulate.sources") or world
+
+
+def _slots_there_are(run: Run, line: Line) -> int | None:
+    """Slots of one layer in the steps that `line` counts."""
+    world = run.world_at(line["step"])
+    slots = None if world is None else capacity(run, world)
+    if world is None or slots is None:
+        return None
+    return line["ledger_steps"] * run.get("train.accumulate", 1) * _blocks(run, world) * run.experts * slots
+
+
+def _add(values: Sequence[Any]) -> Any:
+    """The sum of nested lists of one shape; None where one is missing, or of another shape."""
+    if any(not value for value in values):
+        return None
+    arrays = [np.asarray(value) for value in values]
+    return sum(arrays[1:], arrays[0]).tolist() if len({array.shape for array in arrays}) == 1 else None
+
+
+def _add_collectives(lines: Iterable[Line]) -> dict[str, dict[str, float]]:
+    kinds: dict[str, dict[str, float]] = {}
+    for line in lines:
+        for kind, values in line.get("collectives", {}).items():
+            sums = kinds.setdefault(kind, {"calls": 0, "bytes": 0, "waited_seconds": 0.0})
+            for name in sums:
+                sums[name] += values.get(name, 0)
+    return kinds
+
+
+def _whole(whole: str, parts: Sequence[str], account: Account, expected: int, numbers: Sequence[int]) -> Check:
+    """The check that `parts` are all there is, in every layer."""
+    sums = {number: sum(account.slots[part][layer] for part in parts) for layer, number in enumerate(numbers)}
+    wrong = [number for number, found in sums.items() if found != expected]
+    where = f"each of {len(numbers)} layers" if len(numbers) > 1 else f"layer {numbers[0]}"
+    told = f"{count(expected)} in {where}"
+    if wrong:
+        more = f", and {len(wrong) - 1} layers more" if len(wrong) > 1 else ""
+        told = f"{count(sums[wrong[0]])} instead of {count(expected)} in layer {wrong[0]}{more}"
+    return Check(f"{' + '.join(parts)} = {whole}", not wrong, told)
+
+
+def _ranks(slots_by_rank: Sequence[Sequence[Sequence[int]]], account: Account, numbers: Sequence[int]) -> Check:
+    """Ranks add up to their layer, and each has as many choices and slots as the next."""
+    wrong = [told for layer, number in enumerate(numbers) for told in _uneven(slots_by_rank, account, layer, number)]
+    ranks = "1 rank" if len(slots_by_rank) == 1 else f"{len(slots_by_rank)} ranks"
+    return Check("ranks have equal parts that add up to their layers", not wrong, wrong[0] if wrong else ranks)
+
+
+def _uneven(
+    slots_by_rank: Sequence[Sequence[Sequence[int]]], account: Account, layer: int, number: int
+) -> Iterator[str]:
+    rows = [dict(zip(SLOTS, rank[layer], strict=True)) for rank in slots_by_rank]
+    for name in SLOTS:
+        summed, known = sum(row[name] for row in rows), account.slots[name][layer]
+        if summed != known:
+            yield f"{count(summed)} {name} on the ranks, {count(known)} in layer {number}"
+    for parts in (OF_CHOICES,) if account.slots_there_are is None else (OF_CHOICES, OF_SLOTS):
+        sums = {sum(row[part] for part in parts) for row in rows}
+        if len(sums) > 1:
+            yield f"{' + '.join(parts)} from {count(min(sums))} to {count(max(sums))} in layer {number}"

@@ -1,0 +1,157 @@
+"""Section of the page: how evenly the experts are used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...moe.ledger import load_of
+from .balance import load_lines, mean_load
+from .formats import count, decimals
+from .headline import Entry
+from .markup import Html, element, figure, folded, join, section, table
+from .palette import LIGHT
+from .runs import Line, Run
+from .svg import FONT_POINTS, new_figure, plain_axes, to_svg
+
+MOST_ROWS = 128
+"""Experts of all layers that still have a row each in a chart over the steps."""
+
+MOST_COLUMNS = 200
+"""Lines of metrics are averaged until no more columns than this are left."""
+
+END = 0.1
+"""The part of the run that counts as its end."""
+
+
+def load(entries: Sequence[Entry]) -> Html:
+    """Heat-maps and tables of every run that has experts."""
+    told = "1 is the even share. Cv and Gini are 0 and entropy is 1 where all experts of a layer are used alike."
+    return section(
+        "load",
+        "Load of the experts",
+        element("p", f"How many of the router's choices each expert gets, before any is dropped; {told}"),
+        *(_of_run(i, entry.run, several=len(entries) > 1) for i, entry in enumerate(entries)),
+    )
+
+
+def _of_run(index: int, run: Run, *, several: bool) -> Html:
+    heading = element("h3", run.name) if several else ""
+    lines = load_lines(run)
+    if not lines:
+        why = "The model is dense: it has no experts." if not run.experts else "The metrics tell no loads."
+        return join([heading, element("p", why, class_="nothing")])
+    late = lines[-max(1, math.ceil(END * len(lines))) :]
+    shares = mean_load(late)
+    layers, experts = len(shares), len(shares[0])
+    numbers = run.layer_numbers(layers)
+    span = f"step {count(late[0]['step'])}" + (f" to {count(late[-1]['step'])}" if len(late) > 1 else "")
+    parts = [_over_steps(index, numbers, lines)] if layers * experts <= MOST_ROWS else [_busiest(index, numbers, lines)]
+    parts.append(_at_the_end(index, numbers, shares, span))
+    rows = [[f"layer {number}", *_cells(layer)] for number, layer in zip(numbers, shares, strict=True)]
+    headings = ["", "busiest / mean", "cv", "Gini", "entropy", "unused experts"]
+    balance = table(headings, rows, label=f"Balance of the layers of {run.name}")
+    return join(
+        [
+            heading,
+            element("div", *parts, class_="charts"),
+            folded(f"Balance by layer, {span}", balance, unfolded=layers <= 12 and not several),
+        ]
+    )
+
+
+def _cells(shares: Sequence[float]) -> list[str]:
+    balance = load_of(torch.tensor([shares], dtype=torch.float64))
+    ratios = (balance.max_over_mean, balance.cv, balance.gini, balance.entropy)
+    return [*(decimals(ratio) for ratio in ratios), count(balance.dead)]
+
+
+def _over_steps(index: int, numbers: Sequence[int], lines: Sequence[Line]) -> Html:
+    """A row for every expert of every layer."""
+    columns = _columns(lines)
+    experts = len(columns[0][0])
+    grid = [[column[layer][e] * experts for column in columns] for layer in range(len(numbers)) for e in range(experts)]
+    drawing = new_figure(5.0, min(4.6, max(2.2, 0.5 + 0.09 * len(grid))))
+    axes = drawing.subplots()
+    _image(drawing, axes, grid, (*_span(lines), len(grid), 0))
+    for layer in range(1, len(numbers)):
+        axes.axhline(layer * experts, color=LIGHT["ink"], linewidth=0.8)
+    axes.set_yticks([(i + 0.5) * experts for i in range(len(numbers))], [f"layer {number}" for number in numbers])
+    axes.set_xlabel("step")
+    caption = "Load of every expert over the steps"
+    return figure(caption, to_svg(drawing, f"load-{index}-steps", f"{caption}: a row for each expert."))
+
+
+def _busiest(index: int, numbers: Sequence[int], lines: Sequence[Line]) -> Html:
+    """A row for every layer: its busiest expert."""
+    columns = _columns(lines)
+    experts = len(columns[0][0])
+    grid = [[max(column[layer]) * experts for column in columns] for layer in range(len(numbers))]
+    drawing = new_figure(5.0, min(4.6, max(1.6, 0.6 + 0.075 * len(grid))))
+    axes = drawing.subplots()
+    most = max(2.0, math.ceil(max(map(max, grid))))
+    _image(drawing, axes, grid, (*_span(lines), len(grid), 0), most)
+    _layer_ticks(axes, numbers)
+    axes.set_xlabel("step")
+    caption = "Load of each layer's busiest expert over the steps"
+    return figure(caption, to_svg(drawing, f"load-{index}-busiest", f"{caption}: a row for each layer."))
+
+
+def _at_the_end(index: int, numbers: Sequence[int], shares: Sequence[Sequence[float]], span: str) -> Html:
+    """Layers x experts."""
+    experts = len(shares[0])
+    grid = [[share * experts for share in layer] for layer in shares]
+    drawing = new_figure(5.0, min(4.6, max(1.6, 0.6 + (0.22 if len(grid) <= 12 else 0.075) * len(grid))))
+    axes = drawing.subplots()
+    _image(drawing, axes, grid, (0, experts, len(grid), 0))
+    _layer_ticks(axes, numbers)
+    every = max(1, experts // 8)
+    axes.set_xticks([e + 0.5 for e in range(0, experts, every)], [str(e) for e in range(0, experts, every)])
+    axes.set_xlabel("expert")
+    if len(grid) * experts <= 64:
+        for row, layer in enumerate(grid):
+            for e, value in enumerate(layer):
+                # Both ends of the scale are dark.
+                ink = "#ffffff" if abs(value - 1) > 0.65 else "#101010"
+                axes.text(e + 0.5, row + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=6.5, color=ink)
+    caption = f"Load of every expert at the end ({span})"
+    return figure(caption, to_svg(drawing, f"load-{index}-end", f"{caption}: layers by experts."))
+
+
+def _columns(lines: Sequence[Line]) -> list[list[list[float]]]:
+    group = max(1, math.ceil(len(lines) / MOST_COLUMNS))
+    return [mean_load(lines[first : first + group]) for first in range(0, len(lines), group)]
+
+
+def _span(lines: Sequence[Line]) -> tuple[int, int]:
+    """Where the picture begins and ends: one line, too, has a width."""
+    first = lines[0]["step"] - lines[0].get("ledger_steps", 1)
+    return first, lines[-1]["step"]
+
+
+def _image(
+    drawing: Any, axes: Any, grid: Sequence[Sequence[float]], extent: tuple[float, ...], most: float = 2.0
+) -> None:
+    """Blue is below the even share, red above it, as far as `most`."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    plain_axes(axes, grid=False)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    norm = TwoSlopeNorm(1.0, 0.0, most)
+    image = axes.imshow(grid, aspect="auto", cmap="RdBu_r", norm=norm, extent=extent, interpolation="none")
+    over = max(map(max, grid)) > most
+    bar = drawing.colorbar(image, ax=axes, shrink=0.9, aspect=24, pad=0.02, extend="max" if over else "neither")
+    bar.set_ticks([0, 0.5, 1, *([1.5, 2] if most == 2 else [most])])
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=LIGHT["faint"], labelsize=FONT_POINTS - 1, width=0.5, length=2)
+
+
+def _layer_ticks(axes: Any, numbers: Sequence[int]) -> None:
+    every = max(1, math.ceil(len(numbers) / 16))
+    axes.set_yticks(
+        [row + 0.5 for row in range(0, len(numbers), every)],
+        [f"layer {number}" if row == 0 else str(number) for row, number in enumerate(numbers)][::every],
+    )

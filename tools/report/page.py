@@ -1,0 +1,100 @@
+"""The page: one HTML file that asks for nothing beside itself, runs no script, and prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+from ...launch.errors import UserError
+from ...launch.run_folder import write_atomically
+from .headline import Entry, read_entries
+from .ledger import ledger
+from .load import load
+from .losses import losses
+from .markup import Html, element, join, safe
+from .overview import overview
+from .palette import variables
+from .settings import settings
+from .usage import usage
+
+FILE_NAME = "report.html"
+MARK = '<meta name="generator" content="wastenot report">'
+"""By which a page is known as one that may be written anew."""
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+"""What the browser may fetch or run for this page: nothing. A text that got past the escaping would be inert."""
+
+SECTIONS = {
+    "losses": "Losses and speed",
+    "usage": "Slots and choices",
+    "load": "Load of the experts",
+    "ledger": "Ledger",
+    "configuration": "Configuration",
+}
+
+
+def write_report(runs: Sequence[Path], output: Path) -> Path:
+    """Writes the page about the runs in the folders `runs` (at least one) to `output`, which it returns.
+
+    Raises UserError where a folder is no run, `output` cannot be written or is something else than such a page,
+    or matplotlib is missing.
+    """
+    return write_page(read_entries(runs), output)
+
+
+def write_page(entries: Sequence[Entry], output: Path) -> Path:
+    """`write_report` of runs that are read already."""
+    check_output(output)
+    page = make_page(entries)
+    try:
+        write_atomically(output, page)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}); name another --output") from error
+    return output
+
+
+def check_output(output: Path) -> None:
+    """Raises UserError where `output` would replace what is no report, or has no folder to stand in."""
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; name a file, for example {output / FILE_NAME}")
+    if not output.parent.is_dir():
+        raise UserError(f"{output}: there is no folder {output.parent}; make it, or name another --output")
+    if output.exists():
+        with output.open("rb") as file:
+            if MARK.encode() not in file.read(1000):
+                raise UserError(f"{output} exists and is not a report; name another --output")
+
+
+def make_page(entries: Sequence[Entry]) -> Html:
+    """The whole text of the page; the same runs make the same text."""
+    names = ", ".join(entry.run.name for entry in entries)
+    links = element("nav", *(element("a", title, href=f"#{anchor}") for anchor, title in SECTIONS.items()))
+    body = [
+        element("header", overview(entries)) if len(entries) == 1 else _header(entries),
+        links,
+        losses(entries),
+        usage(entries),
+        load(entries),
+        ledger(entries),
+        settings(entries),
+        element("footer", f"Written by wastenot {version('wastenot')}."),
+    ]
+    style = variables() + files("wastenot.tools.report").joinpath("page.css").read_text(encoding="utf-8")
+    head = [
+        Html('<meta charset="utf-8">'),
+        Html(MARK),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{safe(_POLICY)}">'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        element("title", f"{names} – wastenot report"),
+        element("style", Html(style)),
+    ]
+    return Html(
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{join(head)}\n</head>\n<body>\n<main>\n{join(body)}\n</main>\n'
+        "</body>\n</html>\n"
+    )
+
+
+def _header(entries: Sequence[Entry]) -> Html:
+    return element("header", element("h1", f"{len(entries)} runs"), overview(entries))
