@@ -84,7 +84,7 @@ class MoELayer(nn.Module):
 
         dispatcher = self.dispatcher
         own = own_experts(dispatcher.num_experts, dispatcher.local, self.blocks, mesh.world.rank, config.emulate)
-        travels = config.rectify.intra and not own.within(dispatcher.local)
+        travels = config.rectify.intra and not own.within(dispatcher.local, self.blocks)
         if travels and dispatcher.padded:
             raise ValueError(
                 "dispatch: padded has no room for stand-ins of other ranks, which router.emulate asks for here; "

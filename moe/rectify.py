@@ -25,24 +25,33 @@ from .weights import combine_weights, log_scores, stand_in_weights
 class OwnExperts:
     """Which experts belong to the rank that each block of tokens stands for: consecutive, as many everywhere."""
 
-    first_B: tuple[int, ...]
-    """The first expert of each block's rank."""
+    source: int
+    """The rank that the first block stands for; each further block stands for the next rank."""
+    owners: int
+    """Rank s owns share s mod `owners` of all experts."""
     count: int
+    """Experts of a share."""
 
-    def within(self, held: range) -> bool:
-        """Whether all of them are among the experts `held` by this rank."""
-        return all(held.start <= first and first + self.count <= held.stop for first in self.first_B)
+    def first_B(self, blocks: int, device: torch.device) -> Tensor:
+        """int64: the first expert of each block's rank."""
+        # Computed there: numbers of the host would be copied to the device, and waited for.
+        return (torch.arange(blocks, device=device) + self.source) % self.owners * self.count
+
+    def within(self, held: range, blocks: int) -> bool:
+        """Whether those of all blocks are among the experts `held` by this rank."""
+        firsts = ((self.source + block) % self.owners * self.count for block in range(blocks))
+        return all(held.start <= first and first + self.count <= held.stop for first in firsts)
 
 
 def own_experts(num_experts: int, held: range, blocks: int, rank: int, emulate: EmulateConfig | None) -> OwnExperts:
     """Whose experts stand in for the tokens of each of this rank's `blocks` (R10).
 
     num_experts: of all ranks; held: those of this rank; rank: of the world, whose tokens are in global order.
+    Without `emulate` a rank is one block, its own.
     """
     if emulate is None:
-        return OwnExperts((held.start,) * blocks, len(held))
-    count = num_experts // emulate.owners
-    return OwnExperts(tuple((rank * blocks + b) % emulate.owners * count for b in range(blocks)), count)
+        return OwnExperts(held.start // len(held), num_experts // len(held), len(held))
+    return OwnExperts(rank * blocks, emulate.owners, num_experts // emulate.owners)
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ def intra_gpu(routing: Routing, config: RouterConfig, own: OwnExperts, backend: 
     T, K = routing.experts_TK.shape
     E, B, device = routing.num_experts, routing.num_blocks, routing.experts_TK.device
     block_T = block_of(routing)
-    first_T1 = torch.tensor(own.first_B, device=device)[block_T].unsqueeze(1)
+    first_T1 = own.first_B(B, device)[block_T].unsqueeze(1)
     own_Tn = first_T1 + torch.arange(own.count, device=device)
     local_T = first_T1.squeeze(1) + routing.logits_TE.detach().gather(1, own_Tn).argmax(1)
     has_slot_TK = routing.slots_TK >= 0

@@ -37,7 +37,9 @@ def combine_weights(log_p_TK: Tensor, slots_TK: Tensor, config: RouterConfig) ->
         total_T1 = log_p_TK.masked_fill(~counted_TK, -torch.inf).logsumexp(-1, keepdim=True)
         # Nobody survived: any finite value will do, the mask below zeroes the row.
         total_T1 = torch.where(total_T1.isinf(), torch.zeros_like(total_T1), total_T1)
-        weights_TK = (log_p_TK - (total_T1.detach() if config.detach else total_T1)).exp()
+        log_w_TK = log_p_TK - (total_T1.detach() if config.detach else total_T1)
+        # Before exp: a lost choice may be any number of times as probable as those that survived.
+        weights_TK = log_w_TK.masked_fill(~kept_TK, -torch.inf).exp()
     return scaled(weights_TK, config).masked_fill(~kept_TK, 0)
 
 
@@ -56,7 +58,7 @@ def stand_in_weights(
     else:
         total_T1 = torch.cat([log_p_TK.masked_fill(~kept_TK, -torch.inf), log_stand_in_T1], 1).logsumexp(1, True)
         total_T1 = total_T1.detach() if config.detach else total_T1
-    weights_TK = (log_p_TK - total_T1).exp().masked_fill(~kept_TK, 0)
+    weights_TK = (log_p_TK - total_T1).masked_fill(~kept_TK, -torch.inf).exp()
     return scaled(weights_TK, config), scaled((log_stand_in_T1 - total_T1).exp().squeeze(1), config)
 
 
