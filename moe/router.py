@@ -1,4 +1,9 @@
-"""Token-choice top-k routers (METHODS R1-R4, R10): tokens in, a `Routing` out."""
+"""Token-choice top-k routers (METHODS R1-R4, R10): tokens in, a `Routing` out.
+
+route        logits of any gate -> Routing
+place        the same, where the experts have been chosen already
+TopKRouter   a gate and `route`
+"""
 
 from __future__ import annotations
 
@@ -33,6 +38,74 @@ def priority_of(probs_TE: Tensor) -> Tensor:
     return (bits + (1 << 10)) >> 11
 
 
+def route(
+    logits_TE: Tensor,
+    config: RouterConfig,
+    blocks: int = 1,
+    dropless: bool = False,
+    bias_E: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Routing:
+    """What `config` makes of a gate's logits, in fp32 or wider: selection, slots and weights (R1-R4).
+
+    `bias_E` steers selection only. See `TopKRouter.forward` for `blocks` and `dropless`.
+    """
+    with torch.autocast(logits_TE.device.type, enabled=False):
+        logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+        scores_TE, probs_TE = scores_of(logits_TE, config.score)
+        selecting = scores_TE.detach()
+        if bias_E is not None:
+            selecting = selecting + bias_E.to(scores_TE.dtype)
+        chosen_TK = select(selecting, config.num_choices, config.groups, config.top_groups, backend)
+        return place(chosen_TK, logits_TE, probs_TE, config, blocks, dropless, backend)
+
+
+def scores_of(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor]:
+    """What experts are chosen by, and the same as probabilities that sum to one; both [T, E] with gradient."""
+    if score == "softmax":
+        probs_TE = logits_TE.softmax(-1)
+        return probs_TE, probs_TE
+    scores_TE = logits_TE.sigmoid()
+    return scores_TE, scores_TE / scores_TE.sum(-1, keepdim=True)
+
+
+def place(
+    chosen_TK: Tensor,
+    logits_TE: Tensor,
+    probs_TE: Tensor,
+    config: RouterConfig,
+    blocks: int = 1,
+    dropless: bool = False,
+    backend: Backend = "auto",
+) -> Routing:
+    """Slots and weights of choices that have been made.
+
+    chosen_TK: int64, `config.num_choices` experts per token, best first; those beyond `top_k` wait for fill-in.
+    logits_TE, probs_TE: fp32 or wider.
+    """
+    tokens, num_experts = logits_TE.shape
+    experts_TK, next_TJ = chosen_TK.split([config.top_k, config.num_choices - config.top_k], 1)
+    capacity = None if dropless else capacity_of(config, tokens // blocks, num_experts)
+    if config.priority == "probability":
+        priority_T = priority_of(probs_TE)
+    else:
+        priority_T = torch.zeros(tokens, dtype=torch.int32, device=probs_TE.device)
+    slots_TK, counts_BE = assign(experts_TK, priority_T, num_experts, blocks, capacity, backend)
+    weights_TK = combine_weights(log_scores(logits_TE, experts_TK, config.score), slots_TK, config)
+    return Routing(
+        experts_TK=experts_TK,
+        weights_TK=weights_TK,
+        slots_TK=slots_TK,
+        counts_BE=counts_BE,
+        capacity=capacity,
+        logits_TE=logits_TE,
+        probs_TE=probs_TE,
+        top_k=config.top_k,
+        next_TJ=next_TJ if next_TJ.size(1) else None,
+        priority_T=priority_T,
+    )
+
+
 class TopKRouter(nn.Module):
     """Learned token-choice router without bias, in fp32 whatever the model computes in."""
 
@@ -60,42 +133,9 @@ class TopKRouter(nn.Module):
 
         `dropless` lifts the capacity: generation, where a token must not depend on its neighbours.
         """
-        config = self.config
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD, blocks)
-            if config.score == "softmax":
-                scores_TE = probs_TE = logits_TE.softmax(-1)
-            else:
-                scores_TE = logits_TE.sigmoid()
-                probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
-            return self.decide(logits_TE, scores_TE, probs_TE, blocks, dropless)
-
-    def decide(self, logits_TE: Tensor, scores_TE: Tensor, probs_TE: Tensor, blocks: int, dropless: bool) -> Routing:
-        """Selection, slots and weights from scores."""
-        config = self.config
-        selecting = scores_TE.detach() + self.bias_E.to(scores_TE.dtype)
-        best_TK = select(selecting, config.num_choices, config.groups, config.top_groups, self.backend)
-        experts_TK, next_TJ = best_TK.split([config.top_k, config.num_choices - config.top_k], 1)
-        tokens = logits_TE.size(0)
-        capacity = None if dropless else capacity_of(config, tokens // blocks, self.num_experts)
-        if config.priority == "probability":
-            priority_T = priority_of(probs_TE)
-        else:
-            priority_T = torch.zeros(tokens, dtype=torch.int32, device=probs_TE.device)
-        slots_TK, counts_BE = assign(experts_TK, priority_T, self.num_experts, blocks, capacity, self.backend)
-        weights_TK = combine_weights(log_scores(logits_TE, experts_TK, config.score), slots_TK, config)
-        return Routing(
-            experts_TK=experts_TK,
-            weights_TK=weights_TK,
-            slots_TK=slots_TK,
-            counts_BE=counts_BE,
-            capacity=capacity,
-            logits_TE=logits_TE,
-            probs_TE=probs_TE,
-            top_k=config.top_k,
-            next_TJ=next_TJ if next_TJ.size(1) else None,
-            priority_T=priority_T,
-        )
+        return route(logits_TE, self.config, blocks, dropless, self.bias_E, self.backend)
 
 
 def make_router(
