@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ..moe.decoder import Decoder
+from ..moe.routing import Routing
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Mesh
 from .data import IGNORED, eval_windows
@@ -39,10 +40,12 @@ def evaluate(
     batch: int,
     precision: str = "fp32",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    routed: Callable[[Sequence[Routing], int], None] = lambda routings, tokens: None,
 ) -> Evaluation:
     """Evaluates on all of `shards` in windows of `seq_len`, `batch` sequences at a time over all ranks.
 
-    All ranks must call it; all get the same result. `progress` hears (sequences done, sequences in all).
+    All ranks must call it; all get the same result. `progress` hears (sequences done, sequences in all), `routed`
+    every batch's routings on this rank and how many of their first tokens are text.
     """
     inputs, targets = eval_windows(shards, seq_len)
     total = len(inputs)
@@ -61,6 +64,7 @@ def evaluate(
         with computing_in(precision, mesh.device):
             output = model(tokens_BS)
             nats = model.loss_sum(output.hidden_BSD, targets_BS)
+        routed(output.routings, min(share, max(0, total - mine.start)) * seq_len)
         sums += torch.stack([nats.double(), (targets_BS >= 0).sum().double()])
         progress(min(start + batch, total), total)
     model.train(training)

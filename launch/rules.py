@@ -135,7 +135,8 @@ def emulation_splits(config: TrainConfig) -> list[Violation]:
     moe, emulate, train = config.model.moe, config.router.emulate, config.train
     if moe is None or emulate is None:
         return []
-    return [*_owners_split(moe, emulate), *_sources_split(emulate, train.batch, train.accumulate)]
+    uneven = _sources_split(emulate, train.batch, train.accumulate)
+    return [*_owners_split(moe, emulate), *(uneven or _sources_split_evaluation(emulate, train.eval_batch))]
 
 
 def _owners_split(moe: MoEConfig, emulate: EmulateConfig) -> list[Violation]:
@@ -153,6 +154,13 @@ def _sources_split(emulate: EmulateConfig, batch: int, accumulate: int) -> list[
     fix = nearest_divisor(micro, emulate.sources)
     message = f"{emulate.sources} does not divide the {micro} sequences of a micro-batch; use {fix}"
     return [Violation(("router.emulate.sources", "train.batch", "train.accumulate"), message)]
+
+
+def _sources_split_evaluation(emulate: EmulateConfig, eval_batch: int) -> list[Violation]:
+    if eval_batch % emulate.sources == 0:
+        return []
+    message = f"{eval_batch} sequences do not split into router.emulate.sources: {emulate.sources}; use "
+    return [Violation(("train.eval_batch", "router.emulate.sources"), message + multiples(eval_batch, emulate.sources))]
 
 
 def layout_is_consistent(config: TrainConfig) -> list[Violation]:
@@ -312,6 +320,20 @@ def folders_are_folders(config: TrainConfig) -> list[Violation]:
     return found
 
 
+def trace_fits(config: TrainConfig) -> list[Violation]:
+    """The recorded logits are there, and of as many experts as the model has."""
+    trace, moe = config.router.trace, config.model.moe
+    if trace is None or moe is None:
+        return []
+    from ..moe.trace import read_trace  # numpy, which only benchmarks that replay one need here
+
+    try:
+        read_trace(trace, moe.experts)
+    except ValueError as error:
+        return [Violation(("router.trace", "model.moe.experts"), str(error).removeprefix("trace: "))]
+    return []
+
+
 def resume_exists(config: TrainConfig) -> list[Violation]:
     resume = config.checkpoint.resume
     if resume in ("auto", "never") or (resume and Path(resume).is_dir()):
@@ -338,7 +360,7 @@ CROSS_RULES: tuple[Rule, ...] = (
 )
 """Hold for the configuration wherever it is read."""
 
-FILE_RULES: tuple[Rule, ...] = (tokenizer_exists, corpus_exists, folders_are_folders, resume_exists)
+FILE_RULES: tuple[Rule, ...] = (tokenizer_exists, corpus_exists, folders_are_folders, resume_exists, trace_fits)
 """Hold on the machine that runs the configuration."""
 
 

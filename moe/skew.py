@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..kernels.backend import Backend
 from .config import RouterConfig
 from .router import TopKRouter
 from .routing import Routing
+from .trace import read_trace, write_trace
 
 _BURST = 32
 """Tokens in a row that prefer the same expert."""
@@ -49,27 +48,16 @@ def _gumbel(tokens: int, experts: int, seed: int) -> Tensor:
     return -uniform.log().neg().log()
 
 
-def save_trace(path: Path | str, routings: Sequence[Routing]) -> None:
-    """Records the router logits of one forward pass, a tensor [T, E] fp32 per MoE layer."""
-    save_file({f"layer{i}": r.logits_TE.detach().float().contiguous() for i, r in enumerate(routings)}, path)
-
-
-def load_trace(path: Path | str) -> list[Tensor]:
-    """The logits [T, E] of each MoE layer that `save_trace` wrote. Raises ValueError where `path` is no trace."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"trace: {path} cannot be read ({error}); `wastenot eval RUN --trace FILE` records one"
-        ) from None
-    layers = [tensors.get(f"layer{i}") for i in range(len(tensors))]
-    if not layers or any(layer is None or layer.dim() != 2 or layer.size(0) == 0 for layer in layers):
-        raise ValueError(f"trace: {path} holds no router logits; `wastenot eval RUN --trace FILE` records them")
-    return [layer for layer in layers if layer is not None]
+def save_trace(path: Path | str, routings: Sequence[Routing], tokens: int | None = None) -> None:
+    """Records the logits of one forward pass, layer by layer: of its first `tokens` tokens, or of all."""
+    write_trace(path, [routing.logits_TE.detach()[:tokens].float().cpu().numpy() for routing in routings])
 
 
 class ForcedRouter(TopKRouter):
-    """Takes its logits from `config.kind` instead of the tokens: the same ones at every step and on every rank."""
+    """Takes its logits from `config.kind` instead of the tokens: the same ones at every step and on every rank.
+
+    Emulated ranks count: each block of tokens gets the same logits.
+    """
 
     def __init__(
         self, d_model: int, num_experts: int, config: RouterConfig, backend: Backend = "auto", layer: int = 0
@@ -79,18 +67,14 @@ class ForcedRouter(TopKRouter):
         self.layer = layer
         self.trace_NE: Tensor | None = None
         if config.trace is not None:
-            trace = load_trace(config.trace)
-            self.trace_NE = trace[layer % len(trace)].to("cpu")
-            if self.trace_NE.size(1) != num_experts:
-                found = self.trace_NE.size(1)
-                raise ValueError(
-                    f"trace: {config.trace} is of {found} experts, the model has {num_experts}; use {found}"
-                )
+            trace = read_trace(config.trace, num_experts)
+            self.trace_NE = torch.from_numpy(trace[layer % len(trace)])
 
     def logits(self, x_TD: Tensor, blocks: int) -> Tensor:
         """Forced logits, with a zero gradient to tokens and gate."""
         made_TE = super().logits(x_TD, blocks)
-        return self._forced(*made_TE.shape).to(made_TE) + 0 * made_TE
+        T, E = made_TE.shape
+        return self._forced(T // blocks, E).repeat(blocks, 1).to(made_TE) + 0 * made_TE
 
     def _forced(self, tokens: int, experts: int) -> Tensor:
         config = self.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ..launch.saved_run import SavedRun, open_run
 from ..launch.shards import TokenShards, read_meta
 from ..launch.sources import SOURCES
 from ..launch.tokenizer import FILE_NAME
+from ..moe.routing import Routing
+from ..moe.skew import save_trace
 
 HELP = "measure a trained model on held-out text, beside n-gram models of it"
 EXAMPLE = "wastenot eval runs/quickstart --checkpoint 500 --data sotu"
@@ -30,13 +33,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CORPUS",
         help=f"{', '.join(SOURCES)}, a text or JSONL file, or a prepared folder; default: what it was trained on",
     )
+    parser.add_argument(
+        "--trace", metavar="FILE", help="record the router logits of the first batch, for router.kind: replay"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Loads the run, evaluates it on all of the held-out split, prints the figures."""
     saved = open_run(args.run, args.checkpoint)
+    if args.trace is not None:
+        check_trace(saved, Path(args.trace))
     folder = held_out(saved, args.data)
+    first: list[tuple[Sequence[Routing], int]] = []
+
+    def keep_first(routings: Sequence[Routing], tokens: int) -> None:
+        if not first:
+            first.append((routings, tokens))
+
     console = RunConsole(speaks=True)
     with console.following("evaluate", 1) as line:
         result = evaluate(
@@ -47,7 +61,10 @@ def run(args: argparse.Namespace) -> int:
             batch=saved.config.train.eval_batch,
             precision=saved.config.train.precision,
             progress=line.portion,
+            routed=keep_first,
         )
+    if args.trace is not None:
+        save_trace(args.trace, *first[0])
     figures: dict[str, Any] = {
         "run": args.run,
         "step": saved.step,
@@ -60,6 +77,15 @@ def run(args: argparse.Namespace) -> int:
         figures[f"order{order}_bits_per_byte"] = bits
     print(json.dumps(figures, indent=2) if args.json else _table(figures))
     return 0
+
+
+def check_trace(saved: SavedRun, file: Path) -> None:
+    """Raises UserError where `file` cannot take a trace of `saved`: before the time is spent."""
+    if saved.config.model.moe is None:
+        raise UserError(f"--trace: {saved.folder.path} is a dense model, which routes nothing; leave --trace out")
+    if file.is_dir() or not file.parent.is_dir():
+        reason = "is a folder" if file.is_dir() else f"lies in {file.parent}, which does not exist"
+        raise UserError(f"--trace: {file} {reason}; give a file in a folder that exists")
 
 
 def held_out(saved: SavedRun, data: str | None) -> Path:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from wastenot.launch.config import LoopConfig, TrainConfig
+from wastenot.launch.rules import world_rules
+from wastenot.moe.config import EmulateConfig, ModelConfig, MoEConfig, RectifyConfig, RouterConfig
+from wastenot.moe.rectify import own_experts
+from wastenot.moe.trace import write_trace
+from wastenot.parallel.config import ParallelConfig
+from wastenot.parallel.expert import local_experts
+from wastenot.parallel.mesh import Axis
 from wastenot.tools.cli import main
+
+SLOTS = "router.capacity_factor=1"
 
 # What is typed after `-s`, over the defaults; the path to change; what the message offers instead.
 BAD_SETTINGS = [
@@ -35,6 +47,37 @@ BAD_SETTINGS = [
     ("router.emulate={sources: 4, owners: 3}", "router.emulate.owners", "use 2"),
     ("router.emulate={sources: 3, owners: 2}", "router.emulate.sources", "use 2"),
     ("router.emulate={sources: 1, owners: 2} -s parallel.expert=2", "router.emulate.sources", "use 2"),
+    ("router.emulate={sources: 16, owners: 2} -s train.eval_batch=24", "train.eval_batch", "use 16 or 32"),
+    ("router.rectify.intra=true", "router.rectify", "set one, for example 1.0, or intra: false and fill: false"),
+    ("router.rectify.fill=yes -s router.capacity_factor=1", "router.rectify.fill", "nearest: true"),
+    ("router.rectify.fil=true", "router.rectify.fil", "did you mean router.rectify.fill?"),
+    ("router.rectify.fill=true -s router.capacity_factor=0", "router.capacity_factor", "use a positive factor or null"),
+    ("router.rectify.intra=true -s router.capacity_factor=-0.5", "router.capacity_factor", "use a positive factor"),
+    ("router.rectify.select=all", "router.rectify.select", "has no effect without intra: true; use any"),
+    ("router.rectify={intra: true, select: some} -s router.capacity_factor=1", "router.rectify.select", "any, all"),
+    ("router.rectify.capacity=0.5", "router.rectify.capacity", "has no effect without intra: true; use null"),
+    ("router.rectify={intra: true, capacity: 1.5} -s router.capacity_factor=1", "router.rectify.capacity", "use 1.0"),
+    ("router.rectify={intra: true, capacity: 0} -s router.capacity_factor=1", "router.rectify.capacity", "use 0.25"),
+    ("router.rectify.fill_ranks=2", "router.rectify.fill_ranks", "has no effect without fill: true; use 1"),
+    (f"router.rectify={{fill: true, fill_ranks: 0}} -s {SLOTS}", "router.rectify.fill_ranks", "use 1 or more"),
+    (f"router.rectify={{fill: true, fill_ranks: 7}} -s {SLOTS}", "router.rectify.fill_ranks", "use at most 6"),
+    (f"router.rectify.fill=true -s router.top_k=8 -s {SLOTS}", "router.rectify.fill_ranks", "use rectify.fill: false"),
+    (
+        f"router.groups=8 -s router.top_groups=2 -s router.rectify.fill=true -s {SLOTS}",
+        "router.top_groups",
+        "fewer than top_k: 2 and its fill_ranks; use 3 or more",
+    ),
+    (
+        f"model.moe.dispatch=padded -s router.rectify.intra=true -s {SLOTS} -s parallel.expert=2 -s parallel.data=2 "
+        "-s router.emulate={sources: 4, owners: 4}",
+        "model.moe.dispatch",
+        "use ragged",
+    ),
+    ("router.kind=replay -s router.balance_loss=0", "router.trace", "kind: replay needs a file"),
+    ("router.trace=run.yaml", "router.trace", "others none"),
+    ("router.kind=replay -s router.balance_loss=0 -s router.trace=nowhere", "router.trace", "records one"),
+    ("router.kind=replay -s router.balance_loss=0 -s router.trace=run.yaml", "router.trace", "cannot be read"),
+    ("router.kind=skewed -s router.balance_loss=0 -s router.skew=-1", "router.skew", "use 0 (uniform) or more"),
     ("model.moe.dispatch=padded", "model.moe.dispatch", "use 1.25 there, or ragged here"),
     ("model.moe.every=5", "model.moe.every", "use every: 4, or moe: null"),
     ("model.moe.first_dense=4", "model.moe.first_dense", "use first_dense: 3, or moe: null"),
@@ -125,6 +168,34 @@ def test_a_file_that_is_not_there_suggests_one_that_is(
     assert error_of(capsys, "run") == "run: a folder; give a YAML file"
     (in_empty_folder / "run" / "config.yaml").write_text("{}")
     assert error_of(capsys, "run") == "run: a folder; did you mean run/config.yaml?"
+
+
+def test_a_trace_of_other_experts_is_refused(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_trace("trace", [np.zeros((5, 4))])
+    (in_empty_folder / "run.yaml").write_text("router: {kind: replay, trace: trace, balance_loss: 0}")
+    assert error_of(capsys, "run.yaml") == ("run.yaml: router.trace: trace is of 4 experts, the model has 8; use 4")
+    assert main(["config", "run.yaml", "-s", "model.moe.experts=4"]) == 0
+
+
+def test_padded_stand_ins_are_refused_exactly_where_they_would_travel() -> None:
+    refused = 0
+    for expert, data, owners, share in itertools.product((1, 2, 3, 4), (1, 2, 3), (1, 2, 3, 4, 6, 8), (1, 2, 3)):
+        world, experts = expert * data, 24
+        emulate = EmulateConfig(sources=share * world, owners=owners)
+        router = RouterConfig(capacity_factor=1.0, rectify=RectifyConfig(intra=True), emulate=emulate)
+        config = TrainConfig(
+            model=ModelConfig(moe=MoEConfig(experts=experts, dispatch="padded")),
+            router=router,
+            parallel=ParallelConfig(expert=expert, data=data),
+            train=LoopConfig(batch=emulate.sources, eval_batch=emulate.sources),
+        )
+        travels = False
+        for rank in range(world):
+            held = local_experts(experts, Axis("expert", expert, rank % expert))
+            travels |= not own_experts(experts, held, share, rank, emulate).within(held, share)
+        assert [violation.paths[0] for violation in world_rules(config, world)] == ["model.moe.dispatch"] * travels
+        refused += travels
+    assert refused > 0
 
 
 def test_a_folder_that_cannot_be_made_is_named(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from wastenot.launch.config import CheckpointConfig, DataConfig, LogConfig, LoopConfig, ScheduleConfig, TrainConfig
 from wastenot.launch.corpus import prepare_files
+from wastenot.launch.data import eval_windows
 from wastenot.launch.evaluate import evaluate
 from wastenot.launch.run_folder import RunFolder
 from wastenot.launch.saved_run import open_run, write_run
@@ -22,6 +24,8 @@ from wastenot.moe.adapters.huggingface import StoredWeights
 from wastenot.moe.config import ModelConfig, MoEConfig, RouterConfig
 from wastenot.moe.decoder import build_decoder, with_router
 from wastenot.moe.generate import generate
+from wastenot.moe.routing import Routing
+from wastenot.moe.trace import read_trace
 from wastenot.parallel.checkpoint import Checkpointer
 from wastenot.parallel.expert import expert_parameter_names
 from wastenot.parallel.mesh import single
@@ -163,6 +167,44 @@ def test_eval_gives_the_figures_of_the_library(made: Path, capsys: pytest.Captur
     assert given["tokens"] == expected.tokens == shards.num_text_bytes
     assert 0 < given["order5_bits_per_byte"] < given["order1_bits_per_byte"]
     assert answer(capsys, "eval", made, "--checkpoint", "1")["val_loss"] != expected.loss
+
+
+def test_eval_records_the_routing_of_the_first_batch(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "trace"
+    given = answer(capsys, "eval", made, "--trace", file)
+    assert given == answer(capsys, "eval", made)
+    saved = open_run(made)
+    inputs, _ = eval_windows(TokenShards.open(Path(given["data"]), "val"), 32)
+    routings = saved.model(torch.from_numpy(inputs[:4])).routings
+    trace = read_trace(file, 4)
+    assert len(trace) == len(routings) == 2
+    for layer, routing in zip(trace, routings, strict=True):
+        assert torch.from_numpy(layer).equal(routing.logits_TE)
+
+
+def test_evaluation_tells_which_routed_tokens_are_text(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = open_run(made)
+    shards = TokenShards.open(Path(answer(capsys, "eval", made)["data"]), "val")
+    heard: list[tuple[int, int]] = []
+
+    def hear(routings: Sequence[Routing], tokens: int) -> None:
+        heard.append((routings[0].num_tokens, tokens))
+
+    evaluate(saved.model, shards, saved.mesh, seq_len=32, batch=40, routed=hear)
+    windows = len(eval_windows(shards, 32)[0])
+    assert len(heard) == -(-windows // 40) > 1
+    assert {tokens for tokens, _ in heard} == {40 * 32}
+    assert [text for _, text in heard[:-1]] == [40 * 32] * (len(heard) - 1)
+    assert sum(text for _, text in heard) == windows * 32
+
+
+@pytest.mark.parametrize(("file", "message"), [(".", "is a folder"), ("gone/trace", "which does not exist")])
+def test_eval_refuses_a_trace_that_it_could_not_write(
+    file: str, message: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in complaint(capsys, "eval", made, "--trace", tmp_path / file)
 
 
 def test_eval_prints_a_table(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
