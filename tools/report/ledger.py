@@ -8,7 +8,7 @@ from ...moe.ledger import SLOTS
 from .accounts import OF_CHOICES, OF_SLOTS, Account, checks
 from .formats import count, duration, percent, size
 from .headline import Entry
-from .markup import Html, element, folded, join, section, table
+from .markup import Html, element, folded, join, table
 from .runs import Run
 
 TITLES = {name: name.replace("_", " ") for name in SLOTS}
@@ -18,16 +18,12 @@ PARTS = {*OF_CHOICES, *OF_SLOTS}
 
 def ledger(entries: Sequence[Entry]) -> Html:
     """Tables of every run that kept a ledger."""
-    return section(
-        "ledger",
-        "The ledger",
-        element(
-            "p",
-            "Kept, rectified and dropped count choices; kept, filled and padding count slots; unserved counts tokens; "
-            "local rows are the rows that rectification computed on the tokens' own ranks.",
-        ),
-        *(_of_run(entry, several=len(entries) > 1) for entry in entries),
+    words = element(
+        "p",
+        "Kept, rectified and dropped count choices; kept, filled and padding count slots; unserved counts tokens; "
+        "local rows are the rows that rectification computed on the tokens' own ranks.",
     )
+    return join([words, *(_of_run(entry, several=len(entries) > 1) for entry in entries)])
 
 
 def _of_run(entry: Entry, *, several: bool) -> Html:

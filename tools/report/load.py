@@ -12,10 +12,10 @@ from ...moe.ledger import load_of
 from .balance import load_lines, mean_load
 from .formats import count, decimals
 from .headline import Entry
-from .markup import Html, element, figure, folded, join, section, table
+from .markup import Html, element, figure, folded, join, table
 from .palette import LIGHT
 from .runs import Line, Run
-from .svg import FONT_POINTS, new_figure, plain_axes, to_svg
+from .svg import FONT_POINTS, new_figure, plain_axes, step_axis, to_svg
 
 MOST_ROWS = 128
 """Experts of all layers that still have a row each in a chart over the steps."""
@@ -30,11 +30,11 @@ END = 0.1
 def load(entries: Sequence[Entry]) -> Html:
     """Heat-maps and tables of every run that has experts."""
     told = "1 is the even share. Cv and Gini are 0 and entropy is 1 where all experts of a layer are used alike."
-    return section(
-        "load",
-        "Load of the experts",
-        element("p", f"How many of the router's choices each expert gets, before any is dropped; {told}"),
-        *(_of_run(i, entry.run, several=len(entries) > 1) for i, entry in enumerate(entries)),
+    return join(
+        [
+            element("p", f"How many of the router's choices each expert gets, before any is dropped; {told}"),
+            *(_of_run(i, entry.run, several=len(entries) > 1) for i, entry in enumerate(entries)),
+        ]
     )
 
 
@@ -80,7 +80,7 @@ def _over_steps(index: int, numbers: Sequence[int], lines: Sequence[Line]) -> Ht
     for layer in range(1, len(numbers)):
         axes.axhline(layer * experts, color=LIGHT["ink"], linewidth=0.8)
     axes.set_yticks([(i + 0.5) * experts for i in range(len(numbers))], [f"layer {number}" for number in numbers])
-    axes.set_xlabel("step")
+    step_axis(axes)
     caption = "Load of every expert over the steps"
     return figure(caption, to_svg(drawing, f"load-{index}-steps", f"{caption}: a row for each expert."))
 
@@ -95,7 +95,7 @@ def _busiest(index: int, numbers: Sequence[int], lines: Sequence[Line]) -> Html:
     most = max(2.0, math.ceil(max(map(max, grid))))
     _image(drawing, axes, grid, (*_span(lines), len(grid), 0), most)
     _layer_ticks(axes, numbers)
-    axes.set_xlabel("step")
+    step_axis(axes)
     caption = "Load of each layer's busiest expert over the steps"
     return figure(caption, to_svg(drawing, f"load-{index}-busiest", f"{caption}: a row for each layer."))
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from .formats import count, decimals
 from .headline import Entry
-from .markup import Html, element, figure, folded, join, legend, section
+from .markup import Html, element, figure, folded, join, legend
 from .palette import DASHES, LIGHT, run_line
 from .runs import Line, Run, finite
-from .svg import FONT_POINTS, new_figure, plain_axes, to_svg
+from .svg import FONT_POINTS, new_figure, plain_axes, step_axis, to_svg
 
 MOST_POINTS = 400
 """A curve of more lines than this is drawn through means of neighbouring ones."""
@@ -33,22 +33,22 @@ def losses(entries: Sequence[Entry]) -> Html:
     held_out = [_curve(i, entry.run.evaluations, "val_bits_per_byte") for i, entry in enumerate(entries)]
     training = [_curve(i, entry.run.lines, "loss") for i, entry in enumerate(entries)]
     speed = [_curve(i, entry.run.lines, "tokens_per_second") for i, entry in enumerate(entries)]
-    groups = [
-        max(1, math.ceil(sum(finite(line.get("loss")) is not None for line in entry.run.lines) / MOST_POINTS))
-        for entry in entries
-    ]
-    thinned = f"; each point is the mean of up to {max(groups)} lines" if max(groups) > 1 else ""
+    lines = max(len(entry.run.lines) for entry in entries)
+    thinned = (
+        f"Each point of a curve is the mean of up to {_group(lines)} lines of metrics." if _group(lines) > 1 else ""
+    )
     charts = [
         _chart("chart-held-out", "Held-out text, bits per byte", held_out, entries, references=_ngrams(entries)),
-        _chart("chart-training", f"Training loss, nats per token{thinned}", training, entries),
-        _chart("chart-speed", f"Throughput, tokens per second{thinned}", speed, entries, from_zero=True),
+        _chart("chart-training", "Training loss, nats per token", training, entries),
+        _chart("chart-speed", "Throughput, tokens per second", speed, entries, from_zero=True),
     ]
-    return section(
-        "losses",
-        "Losses and speed",
-        legend(names, lines=True) if len(entries) > 1 else "",
-        element("div", *charts, class_="three charts"),
-        _samples([entry.run for entry in entries]),
+    return join(
+        [
+            legend(names, lines=True) if len(entries) > 1 else "",
+            element("p", thinned, class_="caption") if thinned else "",
+            element("div", *charts, class_="three charts"),
+            _samples([entry.run for entry in entries]),
+        ]
     )
 
 
@@ -71,7 +71,7 @@ def _line_style(run: int) -> str:
 
 def _curve(run: int, lines: Sequence[Line], key: str) -> Curve:
     values = [(float(line["step"]), finite(line.get(key))) for line in lines if key in line]
-    group = max(1, math.ceil(len(values) / MOST_POINTS))
+    group = _group(len(values))
     steps, means = [], []
     for first in range(0, len(values), group):
         part = values[first : first + group]
@@ -79,6 +79,11 @@ def _curve(run: int, lines: Sequence[Line], key: str) -> Curve:
         steps.append(part[-1][0])
         means.append(sum(known) / len(known) if known else math.nan)
     return Curve(run, steps, means)
+
+
+def _group(lines: int) -> int:
+    """How many lines make a point."""
+    return max(1, math.ceil(lines / MOST_POINTS))
 
 
 def _ngrams(entries: Sequence[Entry]) -> Mapping[tuple[str, str], float]:
@@ -126,7 +131,7 @@ def _chart(
         )
     if references:
         _draw_references(axes, references)
-    axes.set_xlabel("step")
+    step_axis(axes)
     axes.margins(x=0.02)
     axes.set_xlim(left=0)
     if from_zero:

@@ -26,11 +26,6 @@ def element(tag: str, *content: object, **attributes: object) -> Html:
     return Html(f"<{tag}{given}>{join(content, '')}</{tag}>")
 
 
-def section(anchor: str, title: str, *content: object) -> Html:
-    """A part of the page under a heading."""
-    return element("section", element("h2", title), *content, id=anchor)
-
-
 def folded(summary: str, *content: object, unfolded: bool = False) -> Html:
     """What opens on a click."""
     tag = element("summary", summary)

@@ -53,8 +53,7 @@ def model_in_a_line(run: Run, headline: Headline) -> str:
     parts.append(f"{run.experts} experts" + (f" + {shared} shared" if shared else ""))
     parts.append(f"top-{run.get('router.top_k')}")
     factor = run.get("router.capacity_factor")
-    parts.append("dropless" if factor is None else f"capacity {factor:g}")
-    parts.append(f"rectify {_rectify(run)}")
+    parts += ["dropless"] if factor is None else [f"capacity {factor:g}", f"rectify {_rectify(run)}"]
     return ", ".join(parts)
 
 

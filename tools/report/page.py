@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -26,13 +26,14 @@ MARK = '<meta name="generator" content="wastenot report">'
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """What the browser may fetch or run for this page: nothing. A text that got past the escaping would be inert."""
 
-SECTIONS = {
-    "losses": "Losses and speed",
-    "usage": "Slots and choices",
-    "load": "Load of the experts",
-    "ledger": "Ledger",
-    "configuration": "Configuration",
+SECTIONS: Mapping[str, tuple[str, Callable[[Sequence[Entry]], Html]]] = {
+    "losses": ("Losses and speed", losses),
+    "usage": ("Slots and choices", usage),
+    "load": ("Load of the experts", load),
+    "ledger": ("The ledger", ledger),
+    "configuration": ("Configuration", settings),
 }
+"""Anchors, headings and what writes the parts of the page below its header."""
 
 
 def write_report(runs: Sequence[Path], output: Path) -> Path:
@@ -46,10 +47,9 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
 
 def write_page(entries: Sequence[Entry], output: Path) -> Path:
     """`write_report` of runs that are read already."""
-    check_output(output)
-    page = make_page(entries)
     try:
-        write_atomically(output, page)
+        check_output(output)
+        write_atomically(output, make_page(entries))
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}); name another --output") from error
     return output
@@ -70,15 +70,12 @@ def check_output(output: Path) -> None:
 def make_page(entries: Sequence[Entry]) -> Html:
     """The whole text of the page; the same runs make the same text."""
     names = ", ".join(entry.run.name for entry in entries)
-    links = element("nav", *(element("a", title, href=f"#{anchor}") for anchor, title in SECTIONS.items()))
+    links = [element("a", title, href=f"#{anchor}") for anchor, (title, _) in SECTIONS.items()]
+    several = len(entries) > 1
     body = [
-        element("header", overview(entries)) if len(entries) == 1 else _header(entries),
-        links,
-        losses(entries),
-        usage(entries),
-        load(entries),
-        ledger(entries),
-        settings(entries),
+        element("header", element("h1", f"{len(entries)} runs") if several else "", overview(entries)),
+        element("nav", *links),
+        *(element("section", element("h2", title), part(entries), id=i) for i, (title, part) in SECTIONS.items()),
         element("footer", f"Written by wastenot {version('wastenot')}."),
     ]
     style = variables() + files("wastenot.tools.report").joinpath("page.css").read_text(encoding="utf-8")
@@ -94,7 +91,3 @@ def make_page(entries: Sequence[Entry]) -> Html:
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{join(head)}\n</head>\n<body>\n<main>\n{join(body)}\n</main>\n'
         "</body>\n</html>\n"
     )
-
-
-def _header(entries: Sequence[Entry]) -> Html:
-    return element("header", element("h1", f"{len(entries)} runs"), overview(entries))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ...launch.strict_yaml import to_line
 from .formats import NONE
 from .headline import Entry
-from .markup import Html, element, folded, join, section, table
+from .markup import Html, element, folded, join, table
 from .runs import Run, flat
 
 
@@ -18,7 +18,7 @@ def settings(entries: Sequence[Entry]) -> Html:
         folded(f"Configuration of {run.name}" if len(runs) > 1 else "config.yaml", element("pre", run.config_text))
         for run in runs
     ]
-    return section("configuration", "Configuration", _differences(runs) if len(runs) > 1 else "", join(whole))
+    return join([_differences(runs) if len(runs) > 1 else "", *whole])
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:

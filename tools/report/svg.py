@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from ...launch.errors import UserError
+from .formats import count
 from .markup import Html
 from .palette import LIGHT
 
@@ -46,6 +47,15 @@ def plain_axes(axes: Any, *, grid: bool = True) -> None:
     axes.set_axisbelow(True)
     if grid:
         axes.grid(axis="y", color=LIGHT["rule"], linewidth=0.6)
+
+
+def step_axis(axes: Any) -> None:
+    """The horizontal axis of a chart over the steps: whole numbers, few enough to stand apart."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(lambda value, _: count(value))
 
 
 def to_svg(figure: Figure, name: str, description: str) -> Html:

@@ -12,10 +12,10 @@ from .accounts import OF_CHOICES, OF_SLOTS, Account, capacity, ledger_lines
 from .formats import count, percent
 from .headline import Entry
 from .history import History, history_of
-from .markup import Html, element, figure, folded, join, legend, section
+from .markup import Html, element, figure, folded, join, legend
 from .palette import LIGHT
 from .runs import Run
-from .svg import new_figure, plain_axes, to_svg
+from .svg import new_figure, plain_axes, step_axis, to_svg
 
 FEW = 8
 """So many layers have larger charts."""
@@ -42,17 +42,13 @@ CHOICES = View("choices", "Choices", "tokens × top-k", OF_CHOICES[::-1], has_li
 
 def usage(entries: Sequence[Entry]) -> Html:
     """Charts of every run that counted its slots, and a word about those that did not."""
-    return section(
-        "usage",
-        "Slots and choices",
-        element(
-            "p",
-            "Every choice of the router (tokens × top-k) is kept in a slot, rectified (an expert on the token's own "
-            "rank stands in for it) or dropped. Every slot (experts × capacity) is taken by a kept choice, filled with "
-            "a token's next-best choice, or padding. A token is unserved when no expert computed anything for it.",
-        ),
-        *(_of_run(i, entry, several=len(entries) > 1) for i, entry in enumerate(entries)),
+    words = element(
+        "p",
+        "Every choice of the router (tokens × top-k) is kept in a slot, rectified (an expert on the token's own rank "
+        "stands in for it) or dropped. Every slot (experts × capacity) is taken by a kept choice, filled with a "
+        "token's next-best choice, or padding. A token is unserved when no expert computed anything for it.",
     )
+    return join([words, *(_of_run(i, entry, several=len(entries) > 1) for i, entry in enumerate(entries))])
 
 
 def _of_run(index: int, entry: Entry, *, several: bool) -> Html:
@@ -83,7 +79,7 @@ def _whole(index: int, run: Run, account: Account, history: History, view: View)
     _draw(axes, history, view, account.top_k)
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(lambda value, _: percent(value, 0))
-    axes.set_xlabel("step")
+    step_axis(axes)
     description = f"{caption}, over steps. In all: {_told(history, view, view.parts)}."
     return figure(caption, _legend(view), to_svg(drawing, f"usage-{index}-{view.key}", description))
 
