@@ -1,1 +1,1 @@
-"""Other libraries' weights and configurations, translated to and from ours. None of these libraries is imported."""
+"""Other libraries' weights, configurations and models, to and from ours. Only `megatron` imports its library."""
