@@ -81,21 +81,18 @@ def fill_in(routing: Routing, config: RouterConfig, backend: Backend = "auto") -
     next_TJ, priority_T, capacity = routing.next_TJ, routing.priority_T, routing.capacity
     assert next_TJ is not None and priority_T is not None and capacity is not None
     E, B = routing.num_experts, routing.num_blocks
-    slots_TJ, _ = assign(next_TJ, priority_T, E, B, capacity, backend)
+    queued_TJ, queued_BE = assign(next_TJ, priority_T, E, B, capacity, backend)
     # The queue goes on behind those who are in it.
-    taken_TJ = routing.counts_BE[block_of(routing).unsqueeze(1), next_TJ]
-    slots_TJ = torch.where((slots_TJ >= 0) & (slots_TJ + taken_TJ < capacity), slots_TJ + taken_TJ, -1)
+    slots_TJ = queued_TJ + routing.counts_BE[block_of(routing).unsqueeze(1), next_TJ]
+    slots_TJ = slots_TJ.masked_fill((queued_TJ < 0) | (slots_TJ >= capacity), -1)
     experts_TK = torch.cat([routing.experts_TK, next_TJ], 1)
     slots_TK = torch.cat([routing.slots_TK, slots_TJ], 1)
-    queue_TJ = block_of(routing).unsqueeze(1) * E + next_TJ
-    more = torch.zeros(B * E, dtype=torch.int64, device=next_TJ.device)
-    more.scatter_add_(0, queue_TJ.reshape(-1), (slots_TJ >= 0).long().reshape(-1))
     weights_TK = combine_weights(log_scores(routing.logits_TE, experts_TK, config.score), slots_TK, config)
     return replace(
         routing,
         experts_TK=experts_TK,
         slots_TK=slots_TK,
-        counts_BE=routing.counts_BE + more.view(B, E),
+        counts_BE=(routing.counts_BE + queued_BE).clamp(max=capacity),
         weights_TK=weights_TK,
         next_TJ=None,
     )

@@ -26,21 +26,21 @@ def combine_weights(log_p_TK: Tensor, slots_TK: Tensor, config: RouterConfig) ->
     kept_TK = slots_TK >= 0
     K = slots_TK.size(1)
     if config.normalize == "none":
-        weights_TK = log_p_TK.exp()
+        weights_TK = log_p_TK.exp().masked_fill(~kept_TK, 0)
     elif K == 1:
         p_TK = log_p_TK.exp()
-        weights_TK = p_TK - p_TK.detach() + 1
+        weights_TK = (p_TK - p_TK.detach() + 1).masked_fill(~kept_TK, 0)
     else:
         counted_TK = kept_TK
         if config.normalize == "top_k":
             counted_TK = kept_TK | (torch.arange(K, device=kept_TK.device) < config.top_k)
-        total_T1 = log_p_TK.masked_fill(~counted_TK, -torch.inf).logsumexp(-1, keepdim=True)
-        # Nobody survived: any finite value will do, the mask below zeroes the row.
-        total_T1 = torch.where(total_T1.isinf(), torch.zeros_like(total_T1), total_T1)
-        log_w_TK = log_p_TK - (total_T1.detach() if config.detach else total_T1)
+        summed_TK = log_p_TK.detach() if config.detach else log_p_TK
+        total_T1 = summed_TK.masked_fill(~counted_TK, -torch.inf).logsumexp(-1, keepdim=True)
+        # Nobody survived: any finite value will do, the row is zeros.
+        total_T1 = total_T1.masked_fill(total_T1.isinf(), 0)
         # Before exp: a lost choice may be any number of times as probable as those that survived.
-        weights_TK = log_w_TK.masked_fill(~kept_TK, -torch.inf).exp()
-    return scaled(weights_TK, config).masked_fill(~kept_TK, 0)
+        weights_TK = (log_p_TK - total_T1).masked_fill(~kept_TK, -torch.inf).exp()
+    return scaled(weights_TK, config)
 
 
 def stand_in_weights(
@@ -56,8 +56,8 @@ def stand_in_weights(
     if config.normalize == "none":
         total_T1 = torch.zeros_like(log_stand_in_T1)
     else:
-        total_T1 = torch.cat([log_p_TK.masked_fill(~kept_TK, -torch.inf), log_stand_in_T1], 1).logsumexp(1, True)
-        total_T1 = total_T1.detach() if config.detach else total_T1
+        log_all_TL = torch.cat([log_p_TK.masked_fill(~kept_TK, -torch.inf), log_stand_in_T1], 1)
+        total_T1 = (log_all_TL.detach() if config.detach else log_all_TL).logsumexp(1, True)
     weights_TK = (log_p_TK - total_T1).masked_fill(~kept_TK, -torch.inf).exp()
     return scaled(weights_TK, config), scaled((log_stand_in_T1 - total_T1).exp().squeeze(1), config)
 
