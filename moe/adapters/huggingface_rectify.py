@@ -54,8 +54,8 @@ def rectify_(
         intra, select, capacity: serve tokens that lost choices by the best expert of their rank: see `RectifyConfig`.
         fill, fill_ranks: give slots that would be padding to next-best choices: see `RectifyConfig`.
         capacity_factor: slots per expert and rank, in units of an even share; None drops nothing.
-        ranks: emulated expert-parallel ranks: the tokens of a pass, flattened, are cut into so many blocks, and the
-            experts are shared out among so many owners.
+        ranks: emulated expert-parallel ranks: the tokens of a pass, flattened, are cut into so many equal blocks (a
+            pass that cannot be raises ValueError), and the experts are shared out among so many owners.
         priority: who gets a slot first.
         normalize: what weights are divided by (`RouterConfig.normalize`); None: the sum of those that serve the token
             where the model divides at all, so that nothing changes while nothing is dropped.

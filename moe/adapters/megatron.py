@@ -36,6 +36,7 @@ try:
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.utils import get_pg_rank, get_pg_size
 except ImportError as error:
     raise ImportError("wastenot.moe.adapters.megatron needs Megatron-Core; pip install 'wastenot[megatron]'") from error
 
@@ -82,8 +83,9 @@ class RectifyRouter(TopKRouter):
         dropless.moe_expert_capacity_factor = None
         super().__init__(dropless, pg_collection)
         self.routing_config = router_config(config, rectify, normalize)
-        experts, axis = self.weight.size(0), Axis("expert", pg_collection.ep.size(), pg_collection.ep.rank())
-        own = own_experts(experts, local_experts(experts, axis), blocks=1, rank=0, emulate=None)
+        axis = Axis("expert", get_pg_size(pg_collection.ep), get_pg_rank(pg_collection.ep))
+        num_experts = self.weight.size(0)
+        own = own_experts(num_experts, local_experts(num_experts, axis), blocks=1, rank=0, emulate=None)
         self.rectifier = Rectifier(self.routing_config, own)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

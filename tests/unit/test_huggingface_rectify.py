@@ -366,8 +366,11 @@ def test_routings_hold_no_graph():
     del loss
     gc.collect()
     assert hidden[0]() is None
+    after = dict(routings)
     model(input_ids=batch()[0])
-    assert len(routings) == 2, "what comes after is not read"
+    assert all(routings[name] is routing for name, routing in after.items()), "what comes after is not read"
+    with routings_of(model), pytest.raises(RuntimeError, match="being read already"), routings_of(model):
+        pass
 
 
 def test_jitter_noise_is_drawn_as_mixtral_draws_it():

@@ -1,0 +1,68 @@
+"""On a CUDA device a rectified mixture equals the CPU: in a module of one's own, and in a model of transformers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from wastenot.moe.config import EmulateConfig, RectifyConfig, RouterConfig
+from wastenot.moe.mixture import mixture
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+BOTH = RectifyConfig(intra=True, fill=True)
+
+
+def test_a_mixture_of_ones_own_equals_the_cpu():
+    config = RouterConfig(top_k=2, capacity_factor=0.7, rectify=BOTH, emulate=EmulateConfig(sources=4, owners=4))
+    x_TD, logits_TE, matrices_EDD = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed, shape in enumerate(((64, 16), (64, 8), (8, 16, 16)))
+    )
+
+    def compute(device: str) -> tuple[Tensor, ...]:
+        inputs = [t.to(device).requires_grad_() for t in (x_TD, logits_TE, matrices_EDD)]
+
+        def experts(rows_RD: Tensor, offsets_e: Tensor) -> Tensor:
+            parts = rows_RD.tensor_split(offsets_e[:-1].tolist())
+            return torch.cat([(rows @ matrix).tanh() for rows, matrix in zip(parts, inputs[2], strict=True)])
+
+        y_TD, routing = mixture(inputs[0], inputs[1], experts, config)
+        y_TD.square().sum().backward()
+        return tuple(t.cpu() for t in (y_TD.detach(), routing.slots_TK, *(t.grad for t in inputs)))
+
+    torch.testing.assert_close(compute("cuda"), compute("cpu"))
+
+
+def test_a_rectified_mixtral_equals_the_cpu():
+    transformers: Any = pytest.importorskip("transformers")
+    from wastenot.moe.adapters.huggingface_rectify import rectify_
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        attn_implementation="eager",
+    )
+    cpu = transformers.MixtralForCausalLM(config).double().train()
+    rectify_(cpu, capacity_factor=0.7, ranks=4)
+    gpu = copy.deepcopy(cpu).cuda()
+    tokens_BS = torch.randint(0, 64, (4, 16))
+    loss = cpu(input_ids=tokens_BS, labels=tokens_BS).loss
+    loss.backward()
+    loss_gpu = gpu(input_ids=tokens_BS.cuda(), labels=tokens_BS.cuda()).loss
+    loss_gpu.backward()
+    torch.testing.assert_close(loss_gpu.cpu(), loss)
+    for (name, here), there in zip(cpu.named_parameters(), gpu.parameters(), strict=True):
+        torch.testing.assert_close(there.grad.cpu(), here.grad, msg=name)
