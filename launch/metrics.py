@@ -53,8 +53,8 @@ def mend_last_line(path: Path) -> None:
 def read_metrics(folder: Path) -> Iterator[Mapping[str, Any]]:
     """The lines of a run's metrics.jsonl; a half-written one is passed over.
 
-    A resumed run writes again what the killed one had written after its last checkpoint: of several lines of one
-    step and kind the last is the one that counts.
+    A session that resumed at a step, as its first line says, does again what an earlier one did beyond it: only the
+    later lines of those steps count.
     """
     path = folder / FILE_NAME
     if not path.exists():
@@ -65,7 +65,10 @@ def read_metrics(folder: Path) -> Iterator[Mapping[str, Any]]:
             values = json.loads(line)
         except ValueError:
             continue
-        key = (values.get("step"), values.get("event"), "val_loss" in values)
+        step, event = values.get("step"), values.get("event")
+        if event == "start" and step is not None:
+            last = {key: line for key, line in last.items() if (key[0] or 0) <= step}
+        key = (step, event, "val_loss" in values)
         last.pop(key, None)
         last[key] = values
     yield from sorted(last.values(), key=lambda values: values.get("step") or 0)

@@ -214,7 +214,8 @@ class Trainer:
     def _evaluate(self, metrics: MetricsWriter | None) -> Evaluation:
         config = self.config
         self.watchdog.at(self.progress.step, "evaluating")
-        with self.console.following("evaluate", 1) if not self.console.busy else self.console.nothing() as line:
+        following = self.console.following("evaluate", 1) if not self.console.busy else self.console.nothing()
+        with following as line, self.ledger.paused():
             result = evaluate(
                 self.model,
                 self.held_out,
@@ -259,8 +260,9 @@ class Trainer:
         """One line of metrics.jsonl; `counts` are those of all steps and ranks since the last line."""
         config, mesh = self.config, self.mesh
         page = self.ledger.page()
-        self.ledger.clear()
         pages = gather_to_root(page, mesh.world, "ledger", mesh.recorder)
+        # Only now: the account of the steps does not hold its own gathering.
+        self.ledger.clear()
         tokens = config.train.batch * config.data.seq_len
         numbers: dict[str, object] = {
             "step": self.progress.step,

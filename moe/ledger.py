@@ -7,14 +7,15 @@ cannot count anything twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .routing import DROPPED, FILLED, KEPT, RECTIFIED, Routing
+from .routing import DROPPED, FILLED, KEPT, RECTIFIED, Routing, StandIns
 
 SLOTS = ("kept", "filled", "rectified", "dropped", "padding", "local_rows", "unserved")
 """Columns of a count, per layer and rank (METHODS R(f)).
@@ -74,6 +75,25 @@ def check_identities(routing: Routing) -> None:
         assert not bool((routing.slots_TK >= routing.capacity).any()), "a slot lies beyond the capacity"
     assert bool(routing.weights_TK.isfinite().all()), "a combine weight is not finite"
     assert not bool(routing.weights_TK[~has_slot_TK].any()), "a choice without a slot has a weight"
+    if routing.stand_ins is not None:
+        _check_stand_ins(routing, routing.stand_ins, block_T)
+
+
+def _check_stand_ins(routing: Routing, stand_ins: StandIns, block_T: Tensor) -> None:
+    has_row_T, expert_T = stand_ins.slots_T >= 0, stand_ins.expert_T
+    queue_T = block_T * routing.num_experts + expert_T
+    cells_BE = torch.zeros_like(stand_ins.counts_BE)
+    cells_BE.view(-1).index_add_(0, queue_T[has_row_T], torch.ones_like(queue_T[has_row_T]))
+    assert cells_BE.equal(stand_ins.counts_BE), "counts_BE disagrees with the rows of stand-ins"
+    places = torch.stack([queue_T[has_row_T], stand_ins.slots_T[has_row_T]], 1)
+    assert places.unique(dim=0).size(0) == places.size(0), "two stand-ins share a row"
+    holds_TK = (routing.slots_TK >= 0) & (routing.experts_TK == expert_T.unsqueeze(1))
+    served_once_T = has_row_T ^ holds_TK.any(1)
+    assert bool(served_once_T[expert_T >= 0].all()), "a stand-in neither has a row nor holds the token, or both"
+    if stand_ins.bound is not None:
+        assert not bool((cells_BE.sum(1) > stand_ins.bound).any()), "more rows of stand-ins than the bound"
+    assert bool(stand_ins.weight_T.isfinite().all()), "a stand-in's weight is not finite"
+    assert not bool(stand_ins.weight_T[~has_row_T].any()), "a stand-in without a row has a weight of its own"
 
 
 @dataclass
@@ -114,6 +134,15 @@ class Ledger:
         slots_L7 = counts[:, -len(SLOTS) :]
         self.slots_L7 = slots_L7.clone() if self.slots_L7 is None else self.slots_L7 + slots_L7
         self.steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Counts no collective meanwhile: evaluating is not training."""
+        kept, self.by_name = self.by_name, {}
+        try:
+            yield
+        finally:
+            self.by_name = kept
 
     def page(self) -> Page:
         """What was counted since the last `clear`, as plain numbers."""

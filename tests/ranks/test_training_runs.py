@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -17,19 +18,21 @@ import pytest
 import yaml
 
 from wastenot.launch.metrics import read_metrics
+from wastenot.moe.ledger import SLOTS
 
 FULL = os.environ.get("WASTENOT_GRID") == "full"
 KILLS = 30 if FULL else 10
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "wizards", "brew", "tea"]
 
+EXCHANGES = ("dispatch", "combine", "dispatch-gradient", "combine-gradient")
 TINY = {
     "model": {"d_model": 32, "layers": 2, "heads": 2, "moe": {"experts": 4, "d_expert": 32}},
-    "router": {"top_k": 2, "capacity_factor": 1.0, "jitter": 0.05},
+    "router": {"top_k": 2, "capacity_factor": 1.0, "jitter": 0.05, "rectify": {"intra": True, "fill": True}},
     "parallel": {"expert": 2, "piece_bytes": 0},
     "optimizer": {"lr": 1e-2},
     "schedule": {"warmup_steps": 5},
     "data": {"tokenizer": "bytes", "seq_len": 32},
-    "train": {"steps": 60, "batch": 8, "sample_tokens": 8},
+    "train": {"steps": 60, "batch": 8, "sample_tokens": 8, "eval_every": 11},
     "checkpoint": {"every": 4, "keep": 2},
     "log": {"every": 1, "tensorboard": False},
 }
@@ -87,6 +90,23 @@ def summary(config: Path) -> dict:
     return json.loads((log_dir(config) / "summary.json").read_text())
 
 
+def account(config: Path) -> dict:
+    """The run's ledger without seconds, which differ from one run to the next."""
+    found = json.loads((log_dir(config) / "ledger.json").read_text())
+    for collective in found["collectives"].values():
+        del collective["waited_seconds"]
+    del found["waited_seconds"], found["training_seconds"]
+    return found
+
+
+def assert_same_account(config: Path, other: Path) -> None:
+    """Every total is equal; shares nearly so, since lines that cut the run elsewhere round elsewhere."""
+    expected = account(other)
+    expected["expert_load"] = [pytest.approx(layer, rel=1e-12) for layer in expected["expert_load"]]
+    expected["load"] = pytest.approx(expected["load"], rel=1e-12)
+    assert account(config) == expected
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(made) -> Path:
     config = made()
@@ -106,6 +126,30 @@ def test_a_run_leaves_everything_it_promises(uninterrupted):
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     first = next(iter(read_metrics(folder)))
     assert first["world"] == 2
+
+
+def test_the_ledger_accounts_for_every_choice_and_slot_of_every_rank_and_layer(uninterrupted):
+    ledger = json.loads((log_dir(uninterrupted) / "ledger.json").read_text())
+    assert (ledger["steps"], ledger["world"], ledger["tokens"]) == (60, 2, 60 * 8 * 32)
+    tokens, experts, layers = 4 * 32, 4, 2
+    for layer_of_rank in itertools.chain.from_iterable(ledger["slots_by_rank"]):
+        count = dict(zip(SLOTS, layer_of_rank, strict=True))
+        assert count["kept"] + count["rectified"] + count["dropped"] == 60 * tokens * 2
+        assert count["kept"] + count["filled"] + count["padding"] == 60 * experts * (tokens * 2 // experts)
+        assert count["rectified"] > 0
+        assert count["filled"] > 0
+        assert count["unserved"] == 0
+    for name, totals in ledger["slots"].items():
+        by_rank = [[rank[layer][SLOTS.index(name)] for rank in ledger["slots_by_rank"]] for layer in range(layers)]
+        assert totals == [sum(ranks) for ranks in by_rank]
+    # Forward and backward of every step and layer on both ranks; evaluation is not training.
+    assert {ledger["collectives"][name]["calls"] for name in EXCHANGES} == {60 * layers * 2}
+    assert ledger["sent_bytes"] == sum(collective["bytes"] for collective in ledger["collectives"].values())
+    lines = [line for line in read_metrics(log_dir(uninterrupted)) if "loss" in line]
+    assert ledger["sent_bytes"] == sum(line["sent_bytes"] for line in lines)
+    assert summary(uninterrupted)["rectified_ratio"] == pytest.approx(
+        sum(ledger["slots"]["rectified"]) / (60 * 2 * layers * tokens * 2)
+    )
 
 
 def test_training_learns(uninterrupted):
@@ -142,12 +186,14 @@ def test_killed_runs_resume_bit_for_bit(made, uninterrupted):
     finish(start(config))
     assert partial_writes > 0, "no kill hit a checkpoint that was being written"
     assert losses(config) == losses(uninterrupted)
+    assert_same_account(config, uninterrupted)
     assert summary(config)["val_loss"] == summary(uninterrupted)["val_loss"]
     assert not list((log_dir(config) / "checkpoints").glob(".partial*")), "leftovers of killed runs"
 
 
 def test_terminated_run_saves_and_goes_on_bit_for_bit(made, uninterrupted):
-    config = made(checkpoint={"every": 0})
+    # Lines of several steps: one ends early where the run stops.
+    config = made(checkpoint={"every": 0}, log={"every": 5})
     process = start(config)
     while last_step(config) < 7 and process.poll() is None:
         time.sleep(0.01)
@@ -156,7 +202,9 @@ def test_terminated_run_saves_and_goes_on_bit_for_bit(made, uninterrupted):
     assert "stopped by request" in output
     assert 7 <= last_step(config) < 60
     assert "resumed from" in finish(start(config))
-    assert losses(config) == losses(uninterrupted)
+    here, there = losses(config), losses(uninterrupted)
+    assert here == {step: there[step] for step in here}
+    assert_same_account(config, uninterrupted)
 
 
 @pytest.mark.parametrize("expert", [1, 4])
