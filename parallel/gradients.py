@@ -6,6 +6,7 @@ over all ranks, expert ones over the ranks that hold the same experts (tokens of
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -58,16 +59,20 @@ class Gradients:
         self._order = sorted(dense + local, key=lambda b: -max(position[id(p)] for p in b.parameters))
         self._next = 0
         self._reducing = False
-        for bucket in self._order:
+        for number, bucket in enumerate(self._order):
             bucket.attach()
             for p in bucket.parameters:
-                p.register_post_accumulate_grad_hook(self._hook(bucket))
+                p.register_post_accumulate_grad_hook(self._hook(number))
 
-    def _hook(self, bucket: _Bucket):
+    def _hook(self, number: int):
+        # Weak: what a parameter's hook holds is out of the collector's sight, and this holds the parameter.
+        weak = weakref.ref(self)
+
         def ready(_: Tensor) -> None:
-            if self._reducing:
-                bucket.missing -= 1
-                self._launch(complete_only=True)
+            gradients = weak()
+            if gradients is not None and gradients._reducing:
+                gradients._order[number].missing -= 1
+                gradients._launch(complete_only=True)
 
         return ready
 
