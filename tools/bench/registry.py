@@ -13,6 +13,7 @@ BENCHMARKS = {
     "train": "tokens/s of a training step against other MoE implementations",
     "parity": "the same losses and gradient norms at every (expert, data) layout",
     "rectify-quality": "held-out loss and accuracy with Rectify-Router, against vanilla and dropless",
+    "rectify-speed": "step time, bytes and memory with Rectify-Router, on ranks over a shaped link",
 }
 """Name (also its module's, with underscores) and what it measures."""
 

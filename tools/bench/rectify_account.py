@@ -1,0 +1,140 @@
+"""What `rectify-speed` knows of a method beside its time: bytes, slots, rows, memory, the cost of the ledger."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ...launch.step import StepResult
+from ...moe.ledger import SLOTS, Ledger, count_layers, gini, merge, slot_ratios
+from ...moe.routing import Routing
+from ...parallel.collectives import all_reduce, gather_to_root
+from ...parallel.events import Recorders
+from ...parallel.expert import local_experts
+from ...parallel.mesh import Mesh
+from .interleave import Timings
+from .rectify_contest import Case
+
+REPEATS = 20
+"""Of the ledger's work in `ledger_seconds`."""
+
+
+@contextmanager
+def saved_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of every storage that autograd keeps meanwhile, by address; not those of the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        # The tensor itself would hold the graph that holds it.
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
+
+
+def rows_computed(routings: Sequence[Routing], padded: bool, mesh: Mesh) -> Tensor:
+    """Rows that this rank's experts compute, empty slots and stand-ins included; int64 [layers]. All ranks call it."""
+    held = local_experts(routings[0].num_experts, mesh.expert)
+    sent_LE = torch.stack([routing.counts_BE.sum(0) for routing in routings])
+    if padded:
+        sent_LE = torch.full_like(sent_LE, routings[0].capacity or 0)
+    all_reduce(sent_LE, mesh.world, "rows", Recorders())
+    stand_ins = [0 if r.stand_ins is None else int(r.stand_ins.counts_BE.sum()) for r in routings]
+    return sent_LE[:, held.start : held.stop].sum(1) + torch.tensor(stand_ins)
+
+
+def ledger_seconds(routings: Sequence[Routing], counts: Tensor, calls: int, every: int, mesh: Mesh) -> float:
+    """What a step pays for its account on this rank: counts, events of `calls` collectives, its part of a page.
+
+    counts: those of a step, as `StepResult` has them; every: steps between pages. All ranks call it, and do at the
+    same time what they do at the same time in training.
+    """
+    ledger = Ledger()
+    counting: list[float] = []
+    paging: list[float] = []
+    for _ in range(REPEATS):
+        fresh = [replace(routing) for routing in routings]  # without what the last round has computed already
+        dist.barrier()
+        begin = time.perf_counter()
+        for number in range(calls):
+            name = f"layer{number % len(fresh)}.dispatch"
+            ledger.collective_entered(name, 1)
+            ledger.collective_left(name, 0.0)
+        ledger.add(count_layers(fresh))
+        counting.append(time.perf_counter() - begin)
+        dist.barrier()
+        begin = time.perf_counter()
+        pages = gather_to_root(ledger.page(), mesh.world, "ledger", Recorders())
+        if pages is not None:
+            merge(pages, counts[:, : -len(SLOTS)], int(counts.sum()))
+        paging.append(time.perf_counter() - begin)
+        ledger.clear()
+    return statistics.median(counting) + statistics.median(paging) / every
+
+
+def peak_resident_bytes() -> int:
+    """Most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def make_row(
+    case: Case, method: str, first: StepResult, by_rank: Sequence[Mapping[str, Any]], timings: Timings
+) -> dict[str, Any]:
+    """One method at one case. Bytes, slots and rows are sums over ranks; of times and memory it is the largest."""
+    layers = range(len(first.counts))
+    slots = {
+        name: [sum(rank["slots"][layer][i] for rank in by_rank) for layer in layers] for i, name in enumerate(SLOTS)
+    }
+    choices_LE = first.counts[:, : -len(SLOTS)]
+    rows_RL = torch.tensor([rank["expert_rows"] for rank in by_rank], dtype=torch.float64)
+    seconds = timings.median(method)
+
+    def most(name: str) -> float:
+        return max(rank[name] for rank in by_rank)
+
+    on_a_link = by_rank[0]["kernel_bytes"] is not None
+    return {
+        **asdict(case),
+        "world": len(by_rank),
+        "gini": gini(choices_LE).mean().item(),
+        "method": method,
+        "rounds": len(timings.seconds[method]),
+        "step_seconds": seconds,
+        "vs_vanilla": timings.ratio("vanilla", method),
+        "vs_vanilla_quartiles": _quartiles(timings.ratios("vanilla", method)),
+        "vs_dropless": timings.ratio("dropless", method),
+        "processor_seconds": most("processor_s"),
+        "waited_seconds": most("waited_s"),
+        "sent_bytes": sum(rank["sent_bytes"][0] for rank in by_rank),
+        "kernel_bytes": sum(rank["kernel_bytes"] for rank in by_rank) if on_a_link else None,
+        "slots": {name: sum(slots[name]) for name in SLOTS},
+        **slot_ratios(slots, int(choices_LE[0].sum()) // case.top_k),
+        "expert_rows": int(rows_RL.sum()),
+        "expert_rows_max_over_mean": (rows_RL.amax(0) / rows_RL.mean(0)).mean().item(),
+        "saved_bytes": most("saved_bytes"),
+        "peak_resident_bytes": most("peak_resident_bytes"),
+        "ledger_seconds": most("ledger_s"),
+        "ledger_part": most("ledger_s") / seconds,
+        "first_loss": first.loss,
+    }
+
+
+def _quartiles(values: Sequence[float]) -> list[float] | None:
+    """First and third."""
+    if len(values) < 2:
+        return None
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [round(first, 4), round(third, 4)]
