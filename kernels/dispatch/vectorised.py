@@ -30,7 +30,11 @@ class _Permute(torch.autograd.Function):
         T, K = position_TK.shape
         # Also a dropped choice has no row, so position may be -1 where source is never.
         gathered = gather_rows(grad_RD, position_TK, ctx.may_be_empty or position_TK.numel() != grad_RD.size(0))
-        grad_TD = gathered if K == 1 else gathered.view(T, K, -1).sum(1)
+        if K == 1:
+            return gathered, None, None, None
+        gathered_TKD = gathered.view(T, K, -1)
+        # Two are added in a third of the time that a sum over them takes on CPU.
+        grad_TD = torch.add(*gathered_TKD.unbind(1)) if K == 2 else gathered_TKD.sum(1)
         return grad_TD, None, None, None
 
 
