@@ -139,12 +139,17 @@ class Dispatcher:
             position_TK, source_N, not dropless, splits, order_R, inverse_R, offsets_e, weights_TK, local
         )
 
-    def _local_rows(self, routing: Routing, stand_ins: StandIns) -> LocalRows:
-        """Rows of the stand-ins, all of whose experts are on this rank; static in number under a bound (R9)."""
+    def _local_rows(self, routing: Routing, stand_ins: StandIns) -> LocalRows | None:
+        """Rows of the stand-ins, all of whose experts are on this rank; static in number under a bound (R9).
+
+        None where no token needs one, so that the experts are not called for nothing.
+        """
         counts_eB = stand_ins.counts_BE[:, self.local.start : self.local.stop].t().contiguous()
         expert_T1 = (stand_ins.expert_T - self.local.start).clamp(min=0).unsqueeze(1)
         if stand_ins.bound is None:
             num_rows = int(counts_eB.sum())
+            if num_rows == 0:
+                return None
         else:
             num_rows = stand_ins.bound * routing.num_blocks
         position_T1, source_L = _rows(expert_T1, stand_ins.slots_T.unsqueeze(1), counts_eB, num_rows)
