@@ -24,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=list(registry.BENCHMARKS), metavar="NAME", help=listing)
     parser.add_argument("--quick", action="store_true", help="at most 10 minutes on 2 cores; says what it leaves out")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON object to FILE")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="also write the JSON object to FILE, and a picture beside it where the benchmark has one",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,6 +44,10 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.output:
         report.write(args.output)
+        draw = getattr(benchmark, "draw", None)
+        picture = draw(report, args.output.with_suffix(".png")) if draw else None
+        if picture is not None:
+            progress.print(f"bench {args.name}: {picture}", markup=False, highlight=False, style="dim")
     if args.json:
         print(report.to_json())
     else:

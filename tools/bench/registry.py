@@ -19,7 +19,7 @@ BENCHMARKS = {
 
 
 class Benchmark(Protocol):
-    """A benchmark's module."""
+    """A benchmark's module. It may also have `draw(report, path) -> Path | None`, which pictures its report."""
 
     def run(self, *, quick: bool, command: str, say: Callable[[str], None]) -> Report:
         """Measures; `quick` in 10 minutes on 2 cores. `command` goes into the report, `say` hears progress.
