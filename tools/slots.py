@@ -24,11 +24,12 @@ from ..moe.decoder import with_router
 from ..moe.ledger import SLOTS, count_slots
 from ..moe.routing import DROPPED, FILLED, KEPT, Routing
 from .eval import held_out
+from .report.palette import LIGHT
 
 HELP = "picture what a batch does with its expert slots, without and with Rectify-Router"
 EXAMPLE = "wastenot slots runs/quickstart --ranks 4 --capacity-factor 1.0 --output slots.png"
 
-COLOURS = {"kept": "#4477aa", "filled": "#228833", "rectified": "#ccbb44", "dropped": "#ee6677", "padding": "#ffffff"}
+COLOURS = {name: LIGHT[name] for name in ("kept", "filled", "rectified", "dropped", "padding")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -114,3 +114,39 @@ def test_configurations_load_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+RECTIFY = (
+    "moe/rectify.py",
+    "moe/adapters/huggingface_rectify.py",
+    "moe/adapters/megatron.py",
+    "moe/adapters/routings.py",
+)
+"""The method alone; benchmarks and documentation about it aside."""
+
+
+def test_a_model_trains_where_rectification_is_deleted() -> None:
+    """The method is separable: neither the model nor the trainer imports it until a configuration asks for it."""
+    modules = [f"wastenot.{name.removesuffix('.py').replace('/', '.')}" for name in RECTIFY]
+    assert all((ROOT / name).is_file() for name in RECTIFY)
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys({modules!r}))  # importing one of them now fails
+import torch
+import wastenot.launch.trainer
+from wastenot.moe.config import ModelConfig, MoEConfig, RectifyConfig, RouterConfig
+from wastenot.moe.decoder import build_decoder
+from wastenot.parallel.mesh import single
+
+config = ModelConfig(vocab_size=64, d_model=32, layers=1, heads=2, moe=MoEConfig(experts=4, d_expert=16))
+model = build_decoder(config, RouterConfig(capacity_factor=1.0), single())
+tokens = torch.randint(0, 64, (2, 9))
+model.loss_sum(model(tokens[:, :-1]).hidden_BSD, tokens[:, 1:].contiguous()).backward()
+try:
+    build_decoder(config, RouterConfig(capacity_factor=1.0, rectify=RectifyConfig(intra=True)), single())
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "rectify" in done.stdout
