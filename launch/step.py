@@ -66,7 +66,8 @@ class Stepper:
         norm = self.gradients.norm()
         flags = torch.tensor([float(stop)], dtype=torch.float64, device=mesh.device)
         losses = torch.stack([local["loss"], *shown.values()]).double()
-        everything = torch.cat([losses, flags, local["counts"].double().reshape(-1)])
+        # A dense model has counts of nothing, and on the host.
+        everything = torch.cat([losses, flags, local["counts"].to(losses).reshape(-1)])
         all_reduce(everything, mesh.world, "step-statistics", mesh.recorder)
         loss, *means = everything[: len(losses)].tolist()
         counts = everything[len(losses) + 1 :].view_as(local["counts"]).long()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,8 +11,12 @@ from wastenot.kernels.cross_entropy import linear_cross_entropy
 from wastenot.kernels.dispatch import permute
 from wastenot.kernels.grouped_mm import grouped_swiglu
 from wastenot.kernels.route import assign, select
+from wastenot.launch.config import DataConfig, LoopConfig, ScheduleConfig, TrainConfig
+from wastenot.launch.optimizer import make_optimizer
+from wastenot.launch.step import Stepper
 from wastenot.moe.config import ModelConfig, MoEConfig, RouterConfig
 from wastenot.moe.decoder import build_decoder
+from wastenot.parallel.gradients import Gradients
 from wastenot.parallel.mesh import single
 
 pytestmark = [
@@ -85,3 +90,24 @@ def test_a_training_step_equals_the_cpu_and_itself():
     assert there[0] == pytest.approx(here[0], rel=1e-4)
     torch.testing.assert_close(there[1], here[1], rtol=1e-2, atol=1e-4)
     assert all(a.equal(b) for a, b in zip(there[1], again[1], strict=True)), "the same step twice"
+
+
+class Windows:
+    def take(self, first: int, count: int) -> np.ndarray:
+        return np.random.default_rng(first).integers(0, 64, (count, 17))
+
+
+@pytest.mark.parametrize("moe", [None, MoEConfig(experts=8, d_expert=64)], ids=["dense", "experts"])
+def test_the_trainer_takes_a_step(moe):
+    """Also of a dense model, whose account is empty."""
+    config = TrainConfig(
+        model=ModelConfig(vocab_size=64, d_model=64, layers=2, heads=4, moe=moe),
+        schedule=ScheduleConfig(warmup_steps=1),
+        data=DataConfig(seq_len=16),
+        train=LoopConfig(steps=1, batch=4, precision="bf16"),
+    )
+    mesh = single("cuda")
+    model = build_decoder(config.model, config.router, mesh)
+    gradients = Gradients(model, mesh)
+    stepper = Stepper(config, mesh, model, make_optimizer(model, config.optimizer), gradients, Windows())  # pyright: ignore[reportArgumentType]
+    assert stepper.step(0, 0, stop=False).applied
