@@ -6,6 +6,7 @@ over all ranks, expert ones over the ranks that hold the same experts (tokens of
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -105,9 +106,11 @@ class Gradients:
             self._launch(complete_only=False)  # also buckets that some parameter never reached
             for bucket in self._order:
                 if bucket.work is not None:
+                    start = time.perf_counter()
                     bucket.work.wait()
                     bucket.work = None
-                    self.mesh.recorder.collective_left(bucket.name, 0.0)
+                    waited_s = time.perf_counter() - start if bucket.flat.device.type == "cpu" else 0.0
+                    self.mesh.recorder.collective_left(bucket.name, waited_s)
         finally:
             self._reducing = False
 

@@ -145,6 +145,8 @@ def test_the_ledger_accounts_for_every_choice_and_slot_of_every_rank_and_layer(u
     # Forward and backward of every step and layer on both ranks; evaluation is not training.
     assert {ledger["collectives"][name]["calls"] for name in EXCHANGES} == {60 * layers * 2}
     assert ledger["sent_bytes"] == sum(collective["bytes"] for collective in ledger["collectives"].values())
+    assert "dense-gradients" in ledger["collectives"]
+    assert not [kind for kind, total in ledger["collectives"].items() if total["waited_seconds"] == 0]
     lines = [line for line in read_metrics(log_dir(uninterrupted)) if "loss" in line]
     assert ledger["sent_bytes"] == sum(line["sent_bytes"] for line in lines)
     assert summary(uninterrupted)["rectified_ratio"] == pytest.approx(

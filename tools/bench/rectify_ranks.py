@@ -41,6 +41,9 @@ from .rectify_account import ledger_seconds, make_row, peak_resident_bytes, rows
 from .rectify_cells import METHODS, Method
 from .rectify_contest import Case, Contest, DisagreementError, check_bytes, check_first_step, configure
 
+EXCHANGES = ("dispatch", "combine", "dispatch-gradient", "combine-gradient")
+"""Collectives that carry tokens or their gradients."""
+
 FirstStep = tuple[float, float]
 """Loss and gradient norm."""
 
@@ -92,8 +95,9 @@ class Contender:
         page, now = self.ledger.page(), _kernel_bytes()
         self.ledger.clear()
         calls = sum(total.calls for total in page.collectives.values())
+        waited_s = sum(page.collectives[kind].waited_s for kind in EXCHANGES)
         kernel_bytes = now - sent if now is not None and sent is not None else None
-        self.costs.append(StepCost(processor, page.waited_s, calls, page.sent_bytes, kernel_bytes))
+        self.costs.append(StepCost(processor, waited_s, calls, page.sent_bytes, kernel_bytes))
         return slowest.item()
 
     def account(self, first: StepResult, saved_bytes: int, rounds: int) -> dict[str, Any]:
