@@ -87,10 +87,7 @@ class Mixer:
 
     def route(self, logits_TE: Tensor, dropless: bool = False) -> Routing:
         """The routing that `logits_TE` ask for, rectified; see `mixture`."""
-        tokens, blocks = logits_TE.size(0), 1 if dropless else self.blocks
-        if tokens % blocks:
-            nearest = nearest_divisor(tokens, blocks)
-            raise ValueError(f"{tokens} tokens cannot be cut into {blocks} emulated ranks; use {nearest}")
+        blocks = 1 if dropless else self.blocks
         return self.rectify(route(logits_TE, self.config, blocks, dropless, backend=self.dispatcher.backend))
 
     def rectify(self, routing: Routing) -> Routing:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels.backend import Backend
 from ..kernels.route import assign, select
-from .config import RouterConfig
+from .config import RouterConfig, nearest_divisor
 from .routing import Routing
 from .weights import combine_weights, log_scores
 
@@ -49,7 +49,12 @@ def route(
     """What `config` makes of a gate's logits, in fp32 or wider: selection, slots and weights (R1-R4).
 
     `bias_E` steers selection only. See `TopKRouter.forward` for `blocks` and `dropless`.
+
+    Raises ValueError where the tokens cannot be cut into `blocks`.
     """
+    if logits_TE.size(0) % blocks:
+        tokens, nearest = logits_TE.size(0), nearest_divisor(logits_TE.size(0), blocks)
+        raise ValueError(f"{tokens} tokens cannot be cut into {blocks} emulated ranks; use {nearest}")
     with torch.autocast(logits_TE.device.type, enabled=False):
         logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
         scores_TE, probs_TE = scores_of(logits_TE, config.score)

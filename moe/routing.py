@@ -89,11 +89,6 @@ class Routing:
         first_TK = torch.where(has_slot_TK, KEPT, lost_T1)
         return torch.where(rank_K < self.top_k, first_TK, torch.where(has_slot_TK, FILLED, SPARE))
 
-    @property
-    def num_kept(self) -> Tensor:
-        """int64 scalar: slots taken, filled ones included."""
-        return self.counts_BE.sum()
-
 
 def count_of(values: Tensor, size: int) -> Tensor:
     """How often each of 0 .. size - 1 occurs in `values` (int64, any shape): bincount without host synchronisation."""

@@ -81,7 +81,7 @@ def test_generation_lifts_the_capacity() -> None:
     )
     with torch.no_grad():
         assert any(
-            routing.num_kept < routing.slots_TK.numel() for routing in limited(torch.tensor([[1] * 16])).routings
+            routing.counts_BE.sum() < routing.slots_TK.numel() for routing in limited(torch.tensor([[1] * 16])).routings
         )
 
 

@@ -55,6 +55,11 @@ def test_gate_computes_in_fp32_under_autocast():
     assert routing.weights_TK.dtype == torch.float32
 
 
+def test_tokens_that_cannot_be_cut_into_blocks_are_refused():
+    with pytest.raises(ValueError, match="10 tokens cannot be cut into 4 emulated ranks; use 5"):
+        router(8, RouterConfig(capacity_factor=1.0))(tokens(10), blocks=4)
+
+
 def weights(probs, chosen, slots, **config) -> torch.Tensor:
     return weights_of(torch.tensor(probs, dtype=torch.float64), chosen, slots, RouterConfig(**config))
 
@@ -102,7 +107,7 @@ def test_every_choice_is_kept_or_dropped_and_weights_agree(count, experts, k, fa
     routing = router(experts, RouterConfig(top_k=k, capacity_factor=factor), seed)(tokens(count, seed=seed))
     kept = routing.slots_TK >= 0
     assert routing.capacity is not None
-    assert int(kept.sum()) == int(routing.num_kept) <= count * k
+    assert int(kept.sum()) == int(routing.counts_BE.sum()) <= count * k
     assert (routing.counts_BE <= routing.capacity).all()
     assert int(routing.load_E.sum()) == count * k
     assert ((routing.weights_TK > 0) == kept).all()
