@@ -65,7 +65,8 @@ class Dispatcher:
     """Expert-parallel exchange of one layer over `mesh.expert`; on one rank everything stays local.
 
     `ragged` sends the rows there are. `padded` sends all C slots of every (block, expert): its shapes depend on
-    nothing but T, so it never synchronises with the host; it needs a routing with a capacity.
+    nothing but T, so it never synchronises with the host, unless to ask how many stand-ins there are where
+    `rectify.capacity` sets no bound; it needs a routing with a capacity.
     """
 
     def __init__(
