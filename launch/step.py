@@ -109,7 +109,8 @@ class Stepper:
             loss += nats.detach().double()
             for name, value in values.items():
                 shown[name] = shown.get(name, 0) + value / config.train.accumulate
-            if config.log.debug:
+            # What is not finite ends in a skipped step, as without debug.
+            if config.log.debug and nats.isfinite():
                 for routing in output.routings:
                     check_identities(routing)
             chosen = count_layers(output.routings)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from wastenot.launch.config import DataConfig, LoopConfig, ScheduleConfig, TrainConfig
+from wastenot.launch.config import DataConfig, LogConfig, LoopConfig, ScheduleConfig, TrainConfig
 from wastenot.launch.metrics import read_metrics
 from wastenot.launch.optimizer import make_optimizer
 from wastenot.launch.step import Stepper, StepResult
@@ -372,8 +372,13 @@ class RandomWindows:
         return np.stack([np.random.default_rng(i).integers(0, 31, 9) for i in range(first, first + count)])
 
 
-def first_step(router: RouterConfig, accumulate: int = 1, recomputed: bool = False) -> StepResult:
-    """One training step of two MoE layers; `recomputed`: each block's forward runs again in backward."""
+def first_step(
+    router: RouterConfig, accumulate: int = 1, recomputed: bool = False, spoiled: bool = False
+) -> StepResult:
+    """One training step of two MoE layers, in debug mode.
+
+    recomputed: each block's forward runs again in backward; spoiled: a gate is not finite.
+    """
     config = TrainConfig(
         model=ModelConfig(
             vocab_size=31, d_model=16, layers=2, heads=2, init_std=0.3, moe=MoEConfig(experts=4, d_expert=8)
@@ -382,11 +387,14 @@ def first_step(router: RouterConfig, accumulate: int = 1, recomputed: bool = Fal
         schedule=ScheduleConfig(warmup_steps=1),
         data=DataConfig(seq_len=8),
         train=LoopConfig(steps=1, batch=8, accumulate=accumulate),
+        log=LogConfig(debug=True),
     )
     model = build_decoder(config.model, config.router, single())
     if recomputed:
         for block in model.blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if spoiled:
+        torch.nn.init.constant_(model.get_parameter("blocks.0.ffn.router.weight"), torch.nan)
     gradients = Gradients(model, single(), 2**20)
     stepper = Stepper(config, single(), model, make_optimizer(model, config.optimizer), gradients, RandomWindows())  # pyright: ignore[reportArgumentType]
     return stepper.step(0, 0, stop=False)
@@ -406,6 +414,11 @@ def test_recomputation_counts_nothing_twice():
     counts = dict(zip(SLOTS, plain.counts[:, -7:].sum(0).tolist(), strict=True))
     assert counts["kept"] + counts["rectified"] + counts["dropped"] == 2 * 8 * 8 * 2
     assert counts["rectified"] > 0
+
+
+def test_a_step_that_is_not_finite_is_skipped_in_debug_mode_too():
+    assert first_step(RECTIFIED).applied
+    assert not first_step(RECTIFIED, spoiled=True).applied
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
