@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from ..parallel.stopwatch import StreamWait
 from .env import Rank
 from .heartbeat import Board, Place, stack_of_main_thread
 
@@ -76,12 +77,12 @@ class Watchdog:
         self._launched = None
         self._moved = time.monotonic()
 
-    def collective_left(self, name: str, waited_s: float) -> None:
+    def collective_left(self, name: str, waited: float | StreamWait) -> None:
         """See parallel.events.Recorder."""
         number = next((number for number, other in self._open.items() if other == name), None)
         if number is not None:
             del self._open[number]
-            self._launched = (number, name) if waited_s == 0.0 else None
+            self._launched = None if isinstance(waited, float) else (number, name)
         self._moved = time.monotonic()
 
     def close(self) -> None:

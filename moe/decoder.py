@@ -165,7 +165,12 @@ def build_decoder(
 
 
 def with_router(model: Decoder, router: RouterConfig) -> Decoder:
-    """The same weights, shared and not copied, under another `router`; in the mode (training or not) of `model`."""
+    """The same weights, shared and not copied, under another `router`; in the mode (training or not) of `model`.
+
+    Raises ValueError where experts are spread over ranks: there a model starts from its configuration.
+    """
+    if model.mesh.expert.size > 1:
+        raise ValueError(f"the experts are spread over {model.mesh.expert.size} ranks; build a model with that router")
     first = next(block.ffn for block in model.blocks if isinstance(block.ffn, MoELayer))
     with torch.device("meta"):
         other = Decoder(model.config, router, model.mesh, first.dispatcher.piece_bytes, model.backend)

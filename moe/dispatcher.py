@@ -22,7 +22,7 @@ from ..kernels.dispatch import permute, reorder
 from ..parallel.collectives import Exchange, Splits, all_gather_rows, start_all_to_all
 from ..parallel.expert import local_experts
 from ..parallel.mesh import Mesh
-from .routing import Routing, StandIns
+from .routing import Routing, StandIns, block_of
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Dispatcher:
 
 def _with_stand_ins(routing: Routing, stand_ins: StandIns) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Experts, slots, weights [T, K + 1] and counts [B, E] with the stand-in as the last choice, last in the queue."""
-    taken_T = routing.counts_BE[_block_T(routing.slots_TK, routing.num_blocks), stand_ins.expert_T.clamp(min=0)]
+    taken_T = routing.counts_BE[routing.block_T, stand_ins.expert_T.clamp(min=0)]
     slots_T = torch.where(stand_ins.slots_T >= 0, stand_ins.slots_T + taken_T, -1)
     return (
         torch.cat([routing.experts_TK, stand_ins.expert_T.clamp(min=0).unsqueeze(1)], 1),
@@ -209,16 +209,10 @@ def _rows(experts_TK: Tensor, slots_TK: Tensor, counts_EB: Tensor, num_rows: int
     T, K = slots_TK.shape
     start_EB = (counts_EB.reshape(-1).cumsum(0) - counts_EB.reshape(-1)).view_as(counts_EB)
     kept_TK = slots_TK >= 0
-    block_T1 = _block_T(slots_TK, counts_EB.size(1)).unsqueeze(1)
+    block_T1 = block_of(T, counts_EB.size(1), slots_TK.device).unsqueeze(1)
     position_TK = torch.where(kept_TK, start_EB[experts_TK, block_T1] + slots_TK, -1)
     token_TK = torch.arange(T, device=slots_TK.device).unsqueeze(1).expand(T, K)
     source = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=slots_TK.device)
     # Choices without a slot write to a spare last cell.
     source.scatter_(0, torch.where(kept_TK, position_TK, num_rows).reshape(-1), token_TK.reshape(-1))
     return position_TK, source[:num_rows]
-
-
-def _block_T(slots_TK: Tensor, blocks: int) -> Tensor:
-    """int64 [T]: the block that each token belongs to."""
-    T = slots_TK.size(0)
-    return torch.arange(T, device=slots_TK.device).div(max(1, T // blocks), rounding_mode="floor")

@@ -5,7 +5,6 @@ Generation is dropless whatever capacity the model was trained with: a token mus
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..parallel.apply import seed_of
 from ..parallel.mesh import Mesh
+from ..parallel.stopwatch import Stopwatch
 from .attention import KVCache
 from .decoder import Decoder
 from .layer import MoELayer
@@ -141,10 +141,9 @@ def _take_from_first(tokens_B: Tensor, mesh: Mesh) -> None:
         return
     num_bytes = tokens_B.numel() * tokens_B.element_size() if mesh.world.rank == 0 else 0
     mesh.recorder.collective_entered("sampled-tokens", num_bytes)
-    start = time.perf_counter()
+    watch = Stopwatch(tokens_B.device)
     dist.broadcast(tokens_B, src=0, group=mesh.world.group)
-    waited_s = time.perf_counter() - start if tokens_B.device.type == "cpu" else 0.0
-    mesh.recorder.collective_left("sampled-tokens", waited_s)
+    mesh.recorder.collective_left("sampled-tokens", watch.stop())
 
 
 def _until(tokens: list[int], end_token: int | None) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..parallel.stopwatch import StreamWait
 from .routing import DROPPED, FILLED, KEPT, RECTIFIED, Routing, StandIns
 
 SLOTS = ("kept", "filled", "rectified", "dropped", "padding", "local_rows", "unserved")
@@ -63,7 +64,7 @@ def check_identities(routing: Routing) -> None:
         assert count[name] == number, f"{name}: {count[name]} counted, {number} choices"
     assert count["kept"] + count["rectified"] + count["dropped"] == T * k, count
     has_slot_TK = routing.slots_TK >= 0
-    block_T = torch.arange(T, device=kinds_TK.device) // max(1, T // B)
+    block_T = routing.block_T
     cells_BE = torch.zeros(B, E, dtype=torch.int64, device=kinds_TK.device)
     queue_TK = block_T.unsqueeze(1) * E + routing.experts_TK
     cells_BE.view(-1).index_add_(0, queue_TK[has_slot_TK], torch.ones_like(queue_TK[has_slot_TK]))
@@ -103,6 +104,13 @@ class Exchanged:
     calls: int = 0
     num_bytes: int = 0
     waited_s: float = 0.0
+    on_device: list[StreamWait] = field(default_factory=list)
+    """Waits that are not in `waited_s` yet."""
+
+    def settle(self) -> None:
+        """Asks the device for its waits."""
+        self.waited_s += sum(wait.seconds() for wait in self.on_device)
+        self.on_device.clear()
 
     def __iadd__(self, other: Exchanged) -> Exchanged:
         self.calls += other.calls
@@ -126,8 +134,12 @@ class Ledger:
         total.calls += 1
         total.num_bytes += num_bytes
 
-    def collective_left(self, name: str, waited_s: float) -> None:
-        self.by_name.setdefault(name, Exchanged()).waited_s += waited_s
+    def collective_left(self, name: str, waited: float | StreamWait) -> None:
+        total = self.by_name.setdefault(name, Exchanged())
+        if isinstance(waited, StreamWait):
+            total.on_device.append(waited)
+        else:
+            total.waited_s += waited
 
     def add(self, counts: Tensor) -> None:
         """Adds one step's `count_layers` of this rank."""
@@ -149,6 +161,7 @@ class Ledger:
         collectives: dict[str, Exchanged] = {}
         by_layer: dict[int, int] = {}
         for name, total in self.by_name.items():
+            total.settle()
             where, _, kind = name.rpartition(".")
             collectives.setdefault(kind, Exchanged()).__iadd__(total)
             if where.startswith("layer"):

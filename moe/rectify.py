@@ -9,7 +9,9 @@ Pure functions from one `Routing` to another; the router, the dispatcher and the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -83,7 +85,7 @@ def fill_in(routing: Routing, config: RouterConfig, backend: Backend = "auto") -
     E, B = routing.num_experts, routing.num_blocks
     queued_TJ, queued_BE = assign(next_TJ, priority_T, E, B, capacity, backend)
     # The queue goes on behind those who are in it.
-    slots_TJ = queued_TJ + routing.counts_BE[block_of(routing).unsqueeze(1), next_TJ]
+    slots_TJ = queued_TJ + routing.counts_BE[routing.block_T.unsqueeze(1), next_TJ]
     slots_TJ = slots_TJ.masked_fill((queued_TJ < 0) | (slots_TJ >= capacity), -1)
     experts_TK = torch.cat([routing.experts_TK, next_TJ], 1)
     slots_TK = torch.cat([routing.slots_TK, slots_TJ], 1)
@@ -110,7 +112,7 @@ def intra_gpu(routing: Routing, config: RouterConfig, own: OwnExperts, backend: 
     """
     T, K = routing.experts_TK.shape
     E, B, device = routing.num_experts, routing.num_blocks, routing.experts_TK.device
-    block_T = block_of(routing)
+    block_T = routing.block_T
     first_T1 = own.first_B(B, device)[block_T].unsqueeze(1)
     own_Tn = first_T1 + torch.arange(own.count, device=device)
     local_T = first_T1.squeeze(1) + routing.logits_TE.detach().gather(1, own_Tn).argmax(1)
@@ -145,14 +147,7 @@ def intra_gpu(routing: Routing, config: RouterConfig, own: OwnExperts, backend: 
 
 def rows_bound(capacity: float | None, tokens: int) -> int | None:
     """Most stand-in rows of a rank with `tokens` tokens (R9)."""
-    return None if capacity is None else min(tokens, -int(-capacity * tokens // 1))
-
-
-def block_of(routing: Routing) -> Tensor:
-    """int64 [T]: the block (emulated rank) that each token belongs to."""
-    T, B = routing.num_tokens, routing.num_blocks
-    token_T = torch.arange(T, device=routing.experts_TK.device)
-    return token_T.div(max(1, T // B), rounding_mode="floor")
+    return None if capacity is None else min(tokens, math.ceil(Fraction(str(capacity)) * tokens))
 
 
 def _within_bound(needs_row_T: Tensor, unserved_T: Tensor, routing: Routing, bound: int) -> Tensor:

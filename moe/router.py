@@ -8,6 +8,7 @@ TopKRouter   a gate and `route`
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,8 @@ def capacity_of(config: RouterConfig, tokens: int, num_experts: int) -> int | No
     """Slots per (source rank, expert) for `tokens` of one source, known before any communication (R2)."""
     if config.capacity_factor is None:
         return None
-    return math.ceil(config.top_k * config.capacity_factor * tokens / num_experts)
+    # As the number is written: 1.1 means 11/10, which no float is.
+    return math.ceil(Fraction(str(config.capacity_factor)) * config.top_k * tokens / num_experts)
 
 
 def priority_of(probs_TE: Tensor) -> Tensor:

@@ -72,6 +72,11 @@ class Routing:
         return self.counts_BE.size(0)
 
     @cached_property
+    def block_T(self) -> Tensor:
+        """int64: the block that each token belongs to; blocks are equal and consecutive."""
+        return block_of(self.num_tokens, self.num_blocks, self.experts_TK.device)
+
+    @cached_property
     def load_E(self) -> Tensor:
         """int64: the router's choices per expert before any was dropped; fill-in choices do not count (R8)."""
         first = self.experts_TK[:, : self.top_k].reshape(-1)
@@ -88,6 +93,11 @@ class Routing:
             lost_T1 = torch.where(self.stand_ins.expert_T >= 0, RECTIFIED, DROPPED).unsqueeze(1)
         first_TK = torch.where(has_slot_TK, KEPT, lost_T1)
         return torch.where(rank_K < self.top_k, first_TK, torch.where(has_slot_TK, FILLED, SPARE))
+
+
+def block_of(tokens: int, blocks: int, device: torch.device) -> Tensor:
+    """int64 [T]: which of `blocks` equal consecutive blocks each token belongs to."""
+    return torch.arange(tokens, device=device).div(max(1, tokens // blocks), rounding_mode="floor")
 
 
 def count_of(values: Tensor, size: int) -> Tensor:

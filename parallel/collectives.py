@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .events import Recorder
 from .mesh import Axis, Mesh
+from .stopwatch import Stopwatch
 
 # torch 2.13 renamed these; the old names warn there.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -62,7 +63,7 @@ class _Flight:
 
     def land(self) -> Tensor:
         """Waits until everything has arrived."""
-        start = time.perf_counter()
+        watch = Stopwatch(self.received.device)
         for i, (work, _, received, receive) in enumerate(self.pieces):
             if work is not None:
                 work.wait()
@@ -70,8 +71,7 @@ class _Flight:
                 into = _cut(self.received.split(self.splits.receive), i, self.splits.pieces)
                 for part, arrived in zip(into, received.split(receive), strict=True):
                     part.copy_(arrived)
-        on_host = self.received.device.type == "cpu"
-        self.recorder.collective_left(self.name, time.perf_counter() - start if on_host else 0.0)
+        self.recorder.collective_left(self.name, watch.stop())
         self.pieces.clear()
         return self.received
 
@@ -155,9 +155,9 @@ def all_gather_rows(row: Tensor, axis: Axis, name: str, recorder: Recorder) -> T
         return row.unsqueeze(0)
     out = row.new_empty((axis.size, *row.shape))
     recorder.collective_entered(name, row.numel() * row.element_size() * (axis.size - 1))
-    start = time.perf_counter()
+    watch = Stopwatch(row.device)
     all_gather_single(out.view(-1), row.contiguous().view(-1), group=axis.group)
-    recorder.collective_left(name, time.perf_counter() - start if row.device.type == "cpu" else 0.0)
+    recorder.collective_left(name, watch.stop())
     return out
 
 
@@ -165,9 +165,9 @@ def all_reduce(tensor: Tensor, axis: Axis, name: str, recorder: Recorder, op=dis
     """Sums (or `op`) `tensor` over the axis in place and returns it. Not differentiable."""
     if axis.group is not None:
         recorder.collective_entered(name, tensor.numel() * tensor.element_size())
-        start = time.perf_counter()
+        watch = Stopwatch(tensor.device)
         dist.all_reduce(tensor, op=op, group=axis.group)
-        recorder.collective_left(name, time.perf_counter() - start if tensor.device.type == "cpu" else 0.0)
+        recorder.collective_left(name, watch.stop())
     return tensor
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from .stopwatch import StreamWait
 
 
 class Recorder(Protocol):
@@ -12,8 +15,8 @@ class Recorder(Protocol):
         """This rank starts `name` (say `dispatch`), sending `num_bytes` to other ranks."""
         ...
 
-    def collective_left(self, name: str, waited_s: float) -> None:
-        """`name` is complete; `waited_s` is the time this rank stood still for it (0 on CUDA: no host sync)."""
+    def collective_left(self, name: str, waited: float | StreamWait) -> None:
+        """`name` is complete, or on CUDA in line; `waited` is the time in seconds that this rank stood still for it."""
         ...
 
 
@@ -27,6 +30,6 @@ class Recorders:
         for recorder in self.recorders:
             recorder.collective_entered(name, num_bytes)
 
-    def collective_left(self, name: str, waited_s: float) -> None:
+    def collective_left(self, name: str, waited: float | StreamWait) -> None:
         for recorder in self.recorders:
-            recorder.collective_left(name, waited_s)
+            recorder.collective_left(name, waited)

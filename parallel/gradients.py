@@ -6,7 +6,6 @@ over all ranks, expert ones over the ranks that hold the same experts (tokens of
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from .collectives import all_reduce
 from .expert import expert_parameter_names
 from .mesh import Axis, Mesh
+from .stopwatch import Stopwatch
 
 
 class _Bucket:
@@ -106,11 +106,10 @@ class Gradients:
             self._launch(complete_only=False)  # also buckets that some parameter never reached
             for bucket in self._order:
                 if bucket.work is not None:
-                    start = time.perf_counter()
+                    watch = Stopwatch(bucket.flat.device)
                     bucket.work.wait()
                     bucket.work = None
-                    waited_s = time.perf_counter() - start if bucket.flat.device.type == "cpu" else 0.0
-                    self.mesh.recorder.collective_left(bucket.name, waited_s)
+                    self.mesh.recorder.collective_left(bucket.name, watch.stop())
         finally:
             self._reducing = False
 

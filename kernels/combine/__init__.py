@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..backend import Backend, is_reference
@@ -23,6 +24,14 @@ def combine(
     `source_R` is the inverse map (token of each row, -1 for padding). Sums run in the weights' dtype, in the
     order of k. `may_be_empty=False` promises that neither map holds a -1. Differentiable in rows and weights.
     """
+    # Sums keep the dtype of the weights under autocast too.
+    with torch.autocast(rows_RD.device.type, enabled=False):
+        return _combine(rows_RD, weights_TK, position_TK, source_R, may_be_empty, backend)
+
+
+def _combine(
+    rows_RD: Tensor, weights_TK: Tensor, position_TK: Tensor, source_R: Tensor, may_be_empty: bool, backend: Backend
+) -> Tensor:
     if is_reference(backend):
         return naive.combine(rows_RD, weights_TK, position_TK, source_R)
     return vectorised.combine(rows_RD, weights_TK, position_TK, source_R, may_be_empty)

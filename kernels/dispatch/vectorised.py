@@ -11,6 +11,8 @@ def gather_rows(rows_RD: Tensor, index: Tensor, may_be_empty: bool) -> Tensor:
     flat = index.reshape(-1)
     if not may_be_empty:
         return rows_RD.index_select(0, flat)
+    if rows_RD.device.type != "cpu" and rows_RD.size(0):
+        return rows_RD.index_select(0, flat.clamp(min=0)).masked_fill_((flat < 0).unsqueeze(-1), 0)
     # A spare last row of zeros: on CPU a fifth of the time of masking what was gathered.
     spare_RD = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.size(1))])
     return spare_RD.index_select(0, torch.where(flat < 0, rows_RD.size(0), flat))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from wastenot.moe.config import RouterConfig
 
@@ -71,7 +72,7 @@ def route(x: Sequence[Vector], gate: Sequence[Vector], own: range, config: Route
     probs = [[s / sum(of_token) for s in of_token] for of_token in scores]  # R1
     capacity = None
     if config.capacity_factor is not None:
-        capacity = math.ceil(k * config.capacity_factor * T / E)  # R2
+        capacity = math.ceil(k * Fraction(str(config.capacity_factor)) * T / E)  # R2
     choices = [best(of_token, config.num_choices, config) for of_token in scores]
     in_order = order_of_priority(probs, config.priority)  # R3
     slots = [[-1] * config.num_choices for _ in range(T)]
@@ -157,7 +158,7 @@ def stand_in_experts(
     wants_row = [t for t in in_order if selected[t] and local[t] not in survivors[t]]
     if config.rectify.capacity is not None:
         # R9: tokens that nobody serves come first, otherwise the order of R3.
-        bound = min(T, math.ceil(config.rectify.capacity * T))
+        bound = min(T, math.ceil(Fraction(str(config.rectify.capacity)) * T))
         unserved_first = sorted(wants_row, key=lambda t: bool(survivors[t]))
         for t in unserved_first[bound:]:
             selected[t] = False

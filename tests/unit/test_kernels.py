@@ -265,3 +265,12 @@ def test_rms_norm_equals_reference(rows, width, seed, scale):
 def test_rms_norm_passes_gradcheck():
     x, weight = draw(0, 3, 6).requires_grad_(), draw(1, 6).requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, 1e-6), (x, weight))
+
+
+def test_combine_keeps_its_dtype_under_autocast():
+    rows = draw(0, 6, 8, dtype=torch.float32)
+    weights = draw(1, 3, 2, dtype=torch.float32)
+    position, source = torch.arange(6).view(3, 2), torch.arange(6) // 2
+    plain = combine(rows, weights, position, source)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert combine(rows, weights, position, source).equal(plain)

@@ -38,6 +38,7 @@ from wastenot.moe.ledger import (
 from wastenot.moe.routing import Routing, StandIns
 from wastenot.parallel.gradients import Gradients
 from wastenot.parallel.mesh import single
+from wastenot.parallel.stopwatch import StreamWait
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -436,3 +437,25 @@ def test_layers_are_counted_in_order_with_the_load_of_their_experts():
     for row, routing in zip(counts, routings, strict=True):
         assert row.tolist() == routing.load_E.tolist() + count_slots(routing).tolist()
     assert count_layers([]).shape == (0, len(SLOTS)), "a dense model"
+
+
+class OnDevice(StreamWait):
+    """Knows its seconds as CUDA events would."""
+
+    def __init__(self, seconds: float) -> None:
+        self.asked, self._seconds = 0, seconds
+
+    def seconds(self) -> float:
+        self.asked += 1
+        return self._seconds
+
+
+def test_the_device_is_asked_for_its_waits_once_and_late() -> None:
+    ledger, wait = Ledger(), OnDevice(0.5)
+    for waited in (0.25, wait):
+        ledger.collective_entered("layer0.dispatch", 8)
+        ledger.collective_left("layer0.dispatch", waited)
+    assert wait.asked == 0
+    assert ledger.page().waited_s == 0.75
+    assert ledger.page().waited_s == 0.75
+    assert wait.asked == 1

@@ -33,7 +33,7 @@ def tokens(count: int, width: int = 6, seed: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("k", "factor", "count", "experts", "slots"),
-    [(1, 1.0, 8, 4, 2), (2, 1.25, 10, 8, 4), (1, 0.1, 8, 64, 1), (8, 1.0, 7, 64, 1)],
+    [(1, 1.0, 8, 4, 2), (2, 1.25, 10, 8, 4), (1, 0.1, 8, 64, 1), (8, 1.0, 7, 64, 1), (2, 1.1, 40, 8, 11)],
 )
 def test_capacity_rounds_up(k, factor, count, experts, slots):
     assert capacity_of(RouterConfig(top_k=k, capacity_factor=factor), count, experts) == slots
