@@ -28,8 +28,8 @@ class MetricsWriter:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         if self._board is not None and "step" in values:
-            for name, value in values.items():
-                if name != "step" and isinstance(value, int | float):
+            for name, value in scalars(values):
+                if name != "step":
                     self._board.add_scalar(name, value, values["step"])
 
     def close(self) -> None:
@@ -39,6 +39,20 @@ class MetricsWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every number in `values` under a path of its own: `collectives/dispatch/bytes`, `slots/kept/1` of layer 1.
+
+    Tables, such as the load of every expert, are left to metrics.jsonl.
+    """
+    for name, value in values.items():
+        if isinstance(value, int | float):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from ((f"{name}/{rest}", number) for rest, number in scalars(value))
+        elif isinstance(value, list):
+            yield from ((f"{name}/{i}", number) for i, number in enumerate(value) if isinstance(number, int | float))
 
 
 def mend_last_line(path: Path) -> None:

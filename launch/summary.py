@@ -13,7 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from ..moe.ledger import RATIOS, slot_ratios, sum_up
+from ..moe.accounts import RATIOS, slot_ratios, sum_up
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Mesh
 from .evaluate import Evaluation
@@ -38,6 +38,10 @@ class Summary:
     peak_memory_bytes: int
     """Of the rank that used most."""
     skipped_steps: int
+    sent_bytes: int
+    """That ranks handed to collectives, over all ranks and steps."""
+    waited_ratio: float | None
+    """Part of the training time that a rank stood still for collectives, mean over ranks."""
     expert_load_max_over_mean: float | None
     """Of the last steps; as all that follows up to `unserved_ratio`, None for a model without experts."""
     kept_ratio: float | None
@@ -80,9 +84,13 @@ def finish(
     picture = draw(folder.picture, lines, ngram) if mesh.world.rank == 0 else None
     account = sum_up(steps)
     ratios: dict[str, float | None] = dict.fromkeys(RATIOS)
+    waited_ratio = None
     if account is not None:
         tokens = tokens_per_step * account["steps"]
-        ratios |= slot_ratios(account["slots"], tokens)
+        if "slots" in account:
+            ratios |= slot_ratios(account["slots"], tokens)
+        rank_seconds = sum(line["step_seconds"] * line["ledger_steps"] for line in steps) * mesh.world.size
+        waited_ratio = account["waited_seconds"] / rank_seconds if rank_seconds else None
         told = {"tokens": tokens, "world": mesh.world.size, "training_seconds": progress["seconds"]}
         write_atomically(folder.ledger, json.dumps(told | account, indent=1) + "\n")
     summary = Summary(
@@ -96,6 +104,8 @@ def finish(
         training_seconds=progress["seconds"],
         peak_memory_bytes=int(peak.item()),
         skipped_steps=progress["skipped"],
+        sent_bytes=0 if account is None else account["sent_bytes"],
+        waited_ratio=waited_ratio,
         expert_load_max_over_mean=steps[-1].get("expert_load_max_over_mean") if steps else None,
         **ratios,
         world=mesh.world.size,
@@ -145,6 +155,10 @@ def print_table(summary: Summary, folder: RunFolder, console: Console) -> None:
         facts.add_row(
             "slots", _shares(summary, "padding", "filled") + f"; {summary.unserved_ratio:.1%} of tokens unserved"
         )
+    if summary.world > 1 and summary.waited_ratio is not None:
+        per_step = summary.sent_bytes / summary.world / max(1, summary.steps) / 1e6
+        waited = f"{summary.waited_ratio:.1%} of the time waited for others"
+        facts.add_row("exchange", f"{per_step:,.2f} MB sent per rank and step; {waited}")
     facts.add_row("memory", f"{summary.peak_memory_bytes / 2**20:,.0f} MiB at most on a rank")
     if summary.skipped_steps:
         facts.add_row("skipped steps", f"{summary.skipped_steps} (loss or gradient not finite)")

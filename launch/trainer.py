@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from ..moe.accounts import merge
 from ..moe.decoder import Decoder, build_decoder
 from ..moe.generate import generate
-from ..moe.ledger import SLOTS, Ledger, merge
+from ..moe.ledger import SLOTS, Ledger
+from ..moe.load import Loads
 from ..parallel.checkpoint import Checkpointer, newest
 from ..parallel.checkpoint import read_meta as read_checkpoint_meta
 from ..parallel.collectives import gather_to_root, tune_pieces
@@ -115,7 +117,7 @@ class Trainer:
         in_a_row = 0
         mark, mark_step = time.perf_counter(), progress.step
         self.ledger.clear()
-        counts = torch.zeros(())
+        loads = Loads()
         with self.console.following("train", config.train.steps, progress.step) as line, self._profiling() as tick:
             while progress.step < config.train.steps:
                 self.watchdog.at(progress.step, "training")
@@ -125,15 +127,15 @@ class Trainer:
                 in_a_row = 0 if result.applied else in_a_row + 1
                 progress.skipped += not result.applied
                 self.ledger.add(result.local_counts)
-                counts = counts + result.counts
+                loads.add(result.counts[:, : -len(SLOTS)])
                 tick()
                 if self._is_logged(result):
                     now = time.perf_counter()
                     step_s = (now - mark) / (progress.step - mark_step)
                     progress.seconds += now - mark
                     mark, mark_step = now, progress.step
-                    numbers = self._measure(result, step_s, counts)
-                    counts = torch.zeros(())
+                    numbers = self._measure(result, step_s, loads)
+                    loads = Loads()
                     if metrics is not None:
                         metrics.write(**numbers)
                         seconds_left = step_s * (config.train.steps - progress.step)
@@ -256,8 +258,8 @@ class Trainer:
         last = step == config.train.steps or result.stop_requested
         return bool(step % config.log.every == 0 or saved or last or not result.applied)
 
-    def _measure(self, result: StepResult, step_s: float, counts: torch.Tensor) -> dict[str, object]:
-        """One line of metrics.jsonl; `counts` are those of all steps and ranks since the last line."""
+    def _measure(self, result: StepResult, step_s: float, loads: Loads) -> dict[str, object]:
+        """One line of metrics.jsonl; `loads` are those of all steps since the last line."""
         config, mesh = self.config, self.mesh
         page = self.ledger.page()
         pages = gather_to_root(page, mesh.world, "ledger", mesh.recorder)
@@ -276,7 +278,7 @@ class Trainer:
         }
         if pages is None:
             return numbers
-        numbers |= merge(pages, counts[:, : -len(SLOTS)], tokens * page.steps)
+        numbers |= merge(pages, loads.read(), tokens * page.steps)
         return numbers
 
     def _why_stopped(self, in_a_row: int) -> str:

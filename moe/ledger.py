@@ -1,4 +1,4 @@
-"""The waste ledger: what became of token slots and choices, how even the load is, bytes and seconds of exchange.
+"""The waste ledger of one rank: what became of token slots and choices, bytes and seconds of exchange.
 
 Counts come from `Routing` values that a forward pass returns, never from hooks: recomputation and accumulation
 cannot count anything twice.
@@ -6,11 +6,9 @@ cannot count anything twice.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,19 +157,18 @@ class Ledger:
     def page(self) -> Page:
         """What was counted since the last `clear`, as plain numbers."""
         collectives: dict[str, Exchanged] = {}
-        by_layer: dict[int, int] = {}
+        by_layer: dict[int, Exchanged] = {}
         for name, total in self.by_name.items():
             total.settle()
             where, _, kind = name.rpartition(".")
             collectives.setdefault(kind, Exchanged()).__iadd__(total)
             if where.startswith("layer"):
-                layer = int(where.removeprefix("layer"))
-                by_layer[layer] = by_layer.get(layer, 0) + total.num_bytes
+                by_layer.setdefault(int(where.removeprefix("layer")), Exchanged()).__iadd__(total)
         return Page(
             steps=self.steps,
             slots=[] if self.slots_L7 is None else self.slots_L7.tolist(),
             collectives=collectives,
-            sent_bytes_by_layer=by_layer,
+            by_layer=by_layer,
         )
 
     def clear(self) -> None:
@@ -187,8 +184,8 @@ class Page:
     """Columns `SLOTS` per layer."""
     collectives: dict[str, Exchanged]
     """By kind, layers taken together."""
-    sent_bytes_by_layer: dict[int, int]
-    """Of collectives that belong to a layer."""
+    by_layer: dict[int, Exchanged]
+    """Collectives that belong to a layer, all kinds taken together."""
 
     @property
     def sent_bytes(self) -> int:
@@ -197,157 +194,3 @@ class Page:
     @property
     def waited_s(self) -> float:
         return sum(total.waited_s for total in self.collectives.values())
-
-
-MOST_ROWS = 4096
-"""Rank x layer rows up to which accounts are kept for every rank."""
-
-
-def merge(pages: Sequence[Page], load_LE: Tensor, tokens: int) -> dict[str, Any]:
-    """The accounts of all ranks as one, in the words of metrics.jsonl; without slots for a model without experts.
-
-    load_LE: choices per layer and expert over all ranks; tokens: of all ranks and steps.
-    """
-    collectives: dict[str, Exchanged] = {}
-    for page in pages:
-        for kind, total in page.collectives.items():
-            collectives.setdefault(kind, Exchanged()).__iadd__(total)
-    merged: dict[str, Any] = {
-        "ledger_steps": pages[0].steps,
-        "sent_bytes": sum(page.sent_bytes for page in pages),
-        "waited_seconds": sum(page.waited_s for page in pages),
-        "sent_bytes_by_rank": [page.sent_bytes for page in pages],
-        "waited_seconds_by_rank": [page.waited_s for page in pages],
-        "collectives": {
-            kind: {"calls": t.calls, "bytes": t.num_bytes, "waited_seconds": t.waited_s}
-            for kind, t in sorted(collectives.items())
-        },
-    }
-    layers = len(pages[0].slots)
-    if layers:
-        total_L7 = [[sum(page.slots[layer][i] for page in pages) for i in range(len(SLOTS))] for layer in range(layers)]
-        merged["slots"] = {name: [row[i] for row in total_L7] for i, name in enumerate(SLOTS)}
-        merged["sent_bytes_by_layer"] = [
-            sum(page.sent_bytes_by_layer.get(layer, 0) for page in pages) for layer in range(layers)
-        ]
-        if len(pages) * layers <= MOST_ROWS:
-            merged["slots_by_rank"] = [page.slots for page in pages]
-        merged |= slot_ratios(merged["slots"], tokens)
-        load = load_of(load_LE)
-        merged |= {
-            "expert_load": load.per_layer,
-            "expert_load_max_over_mean": load.max_over_mean,
-            "expert_load_cv": load.cv,
-            "expert_load_entropy": load.entropy,
-            "expert_load_gini": load.gini,
-            "dead_experts": load.dead,
-        }
-    return merged
-
-
-RATIOS = tuple(f"{name}_ratio" for name in SLOTS if name != "local_rows")
-
-
-def slot_ratios(slots: Mapping[str, Sequence[int]], tokens: int) -> dict[str, float]:
-    """Parts of all choices (kept, filled, rectified, dropped), of all slots (padding) and of `tokens` x layers
-    (unserved)."""
-    total = {name: sum(slots[name]) for name in SLOTS}
-    choices = total["kept"] + total["rectified"] + total["dropped"]
-    places = total["kept"] + total["filled"] + total["padding"]
-    ratios = {f"{name}_ratio": total[name] / max(1, choices) for name in ("kept", "filled", "rectified", "dropped")}
-    ratios["padding_ratio"] = total["padding"] / max(1, places)
-    ratios["unserved_ratio"] = total["unserved"] / max(1, tokens * len(slots["kept"]))
-    return ratios
-
-
-@dataclass(frozen=True)
-class Load:
-    """How evenly experts are used; every figure is the mean over layers, but `dead`."""
-
-    max_over_mean: float
-    """The busiest expert's load in units of the mean load."""
-    cv: float
-    """Standard deviation over mean."""
-    entropy: float
-    """Of the shares, in units of the even one's: 1 is even, 0 one expert for all."""
-    gini: float
-    """0 is even, towards 1 is one expert for all."""
-    dead: int
-    """Experts, over all layers, that nobody chose."""
-    per_layer: list[list[float]]
-    """Part of the choices that each expert got, layer by layer."""
-
-
-def load_of(load_LE: Tensor) -> Load:
-    """Reads choices per layer and expert."""
-    load_LE = load_LE.double().cpu()
-    E = load_LE.size(1)
-    share_LE = load_LE / load_LE.sum(1, keepdim=True).clamp(min=1)
-    plogp_LE = torch.where(share_LE > 0, share_LE * share_LE.clamp(min=1e-300).log(), torch.zeros_like(share_LE))
-    return Load(
-        max_over_mean=(share_LE.amax(1) * E).mean().item(),
-        cv=(share_LE.std(1, correction=0) * E).mean().item(),
-        entropy=(-plogp_LE.sum(1) / math.log(E)).mean().item() if E > 1 else 1.0,
-        gini=gini(share_LE).mean().item(),
-        dead=int((load_LE == 0).sum()),
-        per_layer=share_LE.tolist(),
-    )
-
-
-def gini(load_LE: Tensor) -> Tensor:
-    """Gini coefficient of each row of non-negative loads [..., E]; 0 where a row is all zero."""
-    E = load_LE.size(-1)
-    ordered = load_LE.double().sort(-1).values
-    rank_E = torch.arange(1, E + 1, dtype=torch.float64, device=load_LE.device)
-    total = ordered.sum(-1)
-    uneven = ((2 * rank_E - E - 1) * ordered).sum(-1) / (E * total.clamp(min=1e-300))
-    return torch.where(total > 0, uneven, torch.zeros_like(uneven))
-
-
-def sum_up(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The account of a whole run from its lines of metrics (those of training, in order); None without slots.
-
-    Lines of other worlds than the last one's count in all sums but those by rank, which are then left out.
-    """
-    lines = [line for line in lines if "slots" in line]
-    if not lines:
-        return None
-    layers = range(len(lines[-1]["slots"]["kept"]))
-    collectives: dict[str, dict[str, float]] = {}
-    for line in lines:
-        for kind, total in line["collectives"].items():
-            into = collectives.setdefault(kind, dict.fromkeys(total, 0))
-            for key, value in total.items():
-                into[key] += value
-    slots = {name: [sum(line["slots"][name][layer] for line in lines) for layer in layers] for name in SLOTS}
-    by_rank = [line.get("slots_by_rank") for line in lines]
-    worlds = {None if ranks is None else len(ranks) for ranks in by_rank}
-    # Each line's shares count as much as its choices.
-    weight = [sum(line["slots"][name][0] for name in ("kept", "rectified", "dropped")) for line in lines]
-    load_LE = sum(
-        torch.tensor(line["expert_load"], dtype=torch.float64) * w for line, w in zip(lines, weight, strict=True)
-    )
-    assert isinstance(load_LE, Tensor)
-    load = load_of(load_LE)
-    return {
-        "steps": sum(line["ledger_steps"] for line in lines),
-        "slots": slots,
-        "slots_by_rank": _added(by_rank) if len(worlds) == 1 and None not in worlds else None,
-        "collectives": collectives,
-        "sent_bytes": sum(line["sent_bytes"] for line in lines),
-        "sent_bytes_by_layer": [sum(line["sent_bytes_by_layer"][layer] for line in lines) for layer in layers],
-        "waited_seconds": sum(line["waited_seconds"] for line in lines),
-        "expert_load": load.per_layer,
-        "load": {
-            "max_over_mean": load.max_over_mean,
-            "cv": load.cv,
-            "entropy": load.entropy,
-            "gini": load.gini,
-            "dead": load.dead,
-        },
-    }
-
-
-def _added(tables: Sequence[Any]) -> Any:
-    """The sum of equally nested lists of numbers."""
-    return torch.tensor(tables, dtype=torch.int64).sum(0).tolist()

@@ -95,8 +95,8 @@ def account(config: Path) -> dict:
     found = json.loads((log_dir(config) / "ledger.json").read_text())
     for collective in found["collectives"].values():
         del collective["waited_seconds"]
-    del found["waited_seconds"], found["training_seconds"]
-    return found
+    del found["training_seconds"]
+    return {name: value for name, value in found.items() if not name.startswith("waited_seconds")}
 
 
 def assert_same_account(config: Path, other: Path) -> None:

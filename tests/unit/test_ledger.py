@@ -18,23 +18,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from wastenot.launch.config import DataConfig, LogConfig, LoopConfig, ScheduleConfig, TrainConfig
-from wastenot.launch.metrics import read_metrics
+from wastenot.launch.metrics import read_metrics, scalars
 from wastenot.launch.optimizer import make_optimizer
 from wastenot.launch.step import Stepper, StepResult
+from wastenot.moe.accounts import merge, slot_ratios, sum_up
 from wastenot.moe.config import EmulateConfig, ModelConfig, MoEConfig, RectifyConfig, RouterConfig
 from wastenot.moe.decoder import build_decoder
-from wastenot.moe.ledger import (
-    SLOTS,
-    Ledger,
-    check_identities,
-    count_layers,
-    count_slots,
-    gini,
-    load_of,
-    merge,
-    slot_ratios,
-    sum_up,
-)
+from wastenot.moe.ledger import SLOTS, Ledger, check_identities, count_layers, count_slots
+from wastenot.moe.load import Loads, gini, load_of
 from wastenot.moe.routing import Routing, StandIns
 from wastenot.parallel.gradients import Gradients
 from wastenot.parallel.mesh import single
@@ -258,13 +249,16 @@ def ledger_of(steps: int, first: int, seconds: float) -> Ledger:
 
 def test_accounts_of_ranks_merge_into_one_by_hand():
     pages = [ledger_of(3, 1, 0.5).page(), ledger_of(3, 10, 0.25).page()]
-    merged = merge(pages, torch.tensor([[4, 4], [8, 0]]), tokens=12)
+    merged = merge(pages, load_of(torch.tensor([[4, 4], [8, 0]])), tokens=12)
     assert merged["ledger_steps"] == 3
     assert merged["slots"] == {name: [3 * 11, 3 * 13] for name in SLOTS}
     assert merged["slots_by_rank"] == [[[3] * 7, [6] * 7], [[30] * 7, [33] * 7]]
     assert merged["sent_bytes"] == 2 * 3 * 107
     assert merged["sent_bytes_by_rank"] == [321, 321]
     assert merged["sent_bytes_by_layer"] == [0, 600]
+    assert merged["sent_bytes_by_rank_and_layer"] == [[0, 300], [0, 300]]
+    assert merged["waited_seconds_by_layer"] == [0, 2.25]
+    assert merged["waited_seconds_by_rank_and_layer"] == [[0, 1.5], [0, 0.75]]
     assert merged["waited_seconds_by_rank"] == [1.5, 0.75]
     assert merged["collectives"] == {
         "dispatch": {"calls": 6, "bytes": 600, "waited_seconds": 2.25},
@@ -288,7 +282,7 @@ def test_a_cleared_ledger_is_empty():
     ledger = ledger_of(2, 1, 0.5)
     ledger.clear()
     assert ledger.page() == Ledger().page()
-    assert merge([ledger.page()], torch.zeros(0, 0), 0)["sent_bytes"] == 0
+    assert merge([ledger.page()], None, 0)["sent_bytes"] == 0
 
 
 def lines_of(cuts: list[int], steps: int) -> list[dict]:
@@ -296,14 +290,14 @@ def lines_of(cuts: list[int], steps: int) -> list[dict]:
     lines, last = [], 0
     for step in sorted({*cuts, steps}):
         ranks = [Ledger(), Ledger()]
-        load_LE = torch.zeros(1, 2)
+        loads = Loads()
         for s in range(last + 1, step + 1):
             for ledger in ranks:
                 ledger.collective_entered("layer0.dispatch", s)
                 ledger.add(torch.tensor([[s, 2] + [s] * 7]))
-            load_LE += torch.tensor([[2.0 * s, 4.0 * s]])
+            loads.add(torch.tensor([[2 * s, 4 * s]]))
         pages = [ledger.page() for ledger in ranks]
-        lines.append({"step": step, "loss": 1.0} | merge(pages, load_LE, tokens=8 * (step - last)))
+        lines.append({"step": step, "loss": 1.0} | merge(pages, loads.read(), tokens=8 * (step - last)))
         last = step
     return lines
 
@@ -321,19 +315,61 @@ def test_the_account_of_a_run_does_not_depend_on_where_its_lines_end(steps, cuts
         assert account["slots_by_rank"] == [[[once] * 7]] * 2
         assert account["collectives"]["dispatch"] == {"calls": 2 * steps, "bytes": 2 * once, "waited_seconds": 0}
         assert account["sent_bytes_by_layer"] == [account["sent_bytes"]] == [2 * once]
+        assert account["sent_bytes_by_rank"] == [once, once]
+        assert account["sent_bytes_by_rank_and_layer"] == [[once]] * 2
+        assert account["load"]["gini"] == pytest.approx(1 / 6)
         assert account["expert_load"] == [pytest.approx([1 / 3, 2 / 3])]
 
 
 def test_lines_of_other_worlds_count_in_totals_but_not_by_rank():
     two = lines_of([], 2)
-    alone = merge([ledger_of_one(3)], torch.tensor([[1, 1]]), tokens=8)
+    alone = merge([ledger_of_one(3)], load_of(torch.tensor([[1, 1]])), tokens=8)
     account = sum_up([*two, {"step": 3, "loss": 1.0} | alone])
     assert account is not None
     assert account["steps"] == 3
     assert account["slots"]["kept"] == [2 * (1 + 2) + 3]
     assert account["slots_by_rank"] is None
+    assert account["sent_bytes_by_rank"] is None
     assert sum_up([]) is None
-    assert sum_up([{"step": 1, "loss": 2.0}]) is None, "a dense model"
+
+
+def test_the_account_of_a_dense_model_has_bytes_and_waits_but_no_slots():
+    ledger = Ledger()
+    ledger.collective_entered("gradients", 100)
+    ledger.collective_left("gradients", 0.5)
+    ledger.add(torch.zeros(0, len(SLOTS), dtype=torch.int64))
+    account = sum_up([{"step": s, "loss": 1.0} | merge([ledger.page()] * 2, None, tokens=8) for s in (1, 2)])
+    assert account is not None
+    assert (account["steps"], account["sent_bytes"], account["waited_seconds_by_rank"]) == (2, 400, [1.0, 1.0])
+    assert not {"slots", "load", "expert_load"} & account.keys()
+
+
+def test_load_is_judged_step_by_step_and_shares_are_of_all_steps():
+    """Two steps that each use one expert alone are as uneven as can be, however even both together are."""
+    loads = Loads()
+    for step in ([[8, 0], [3, 1]], [[0, 8], [2, 2]]):
+        loads.add(torch.tensor(step))
+    load = loads.read()
+    assert load is not None
+    assert load.per_layer == [[0.5, 0.5], [0.625, 0.375]]
+    assert load.by_layer["max_over_mean"] == [2.0, 1.25]
+    assert load.by_layer["gini"] == [0.5, 0.125]
+    assert load.by_layer["cv"] == [1.0, 0.25]
+    assert load.max_over_mean == pytest.approx((2 + 1.25) / 2)
+    assert load.dead == 0, "dead is an expert that nobody chose in any step"
+
+
+def test_tensorboard_gets_every_number_by_a_name_of_its_own_but_no_table():
+    values = {"loss": 2.5, "slots": {"kept": [3, 4]}, "collectives": {"dispatch": {"bytes": 7}}, "text": "no"}
+    values |= {"expert_load": [[0.5, 0.5]], "sent_bytes_by_rank": [1, 2]}
+    assert dict(scalars(values)) == {
+        "loss": 2.5,
+        "slots/kept/0": 3,
+        "slots/kept/1": 4,
+        "collectives/dispatch/bytes": 7,
+        "sent_bytes_by_rank/0": 1,
+        "sent_bytes_by_rank/1": 2,
+    }
 
 
 def ledger_of_one(number: int):

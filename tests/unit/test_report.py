@@ -23,7 +23,8 @@ from wastenot.launch.config import DataConfig
 from wastenot.launch.corpus import prepare_files
 from wastenot.launch.errors import UserError
 from wastenot.launch.metrics import read_metrics
-from wastenot.moe.ledger import SLOTS, load_of
+from wastenot.moe.ledger import SLOTS
+from wastenot.moe.load import FIGURES
 from wastenot.tools.cli import main
 from wastenot.tools.report.accounts import checks
 from wastenot.tools.report.formats import percent
@@ -278,14 +279,11 @@ def test_ledger_is_the_sum_of_the_lines(home: Path, tmp_path: Path) -> None:
 
 
 def test_balance_is_that_of_the_last_lines(home: Path, tmp_path: Path) -> None:
-    import torch
-
     tables = page_of(home / "rectified", output=tmp_path / "page.html").tables
     last = [line for line in metrics(home / "rectified") if "expert_load" in line][-1]
     [row] = [row for row in tables["Balance of the layers of rectified"] if row[0] == "layer 2"]
-    load = load_of(torch.tensor([last["expert_load"][1]]))
-    figures = (load.max_over_mean, load.cv, load.gini, load.entropy)
-    assert row[1:] == [*(f"{figure:.3f}" for figure in figures), str(load.dead)]
+    figures = [last[f"expert_load_{name}_by_layer"][1] for name in FIGURES]
+    assert row[1:] == [*(f"{figure:.3f}" for figure in figures), str(last["expert_load"][1].count(0))]
 
 
 def test_identities_hold_in_a_real_run(home: Path, tmp_path: Path) -> None:
@@ -416,7 +414,8 @@ def with_one_expert_layer(run: Path) -> None:
     def cut(line: dict[str, Any]) -> None:
         line["slots"] = {name: counts[:1] for name, counts in line["slots"].items()}
         line["slots_by_rank"] = [rank[:1] for rank in line["slots_by_rank"]]
-        line["sent_bytes_by_layer"] = line["sent_bytes_by_layer"][:1]
+        for name in ("sent_bytes_by_layer", "waited_seconds_by_layer"):
+            line[name] = line[name][:1]
         line["expert_load"] = line["expert_load"][:1]
 
     change_lines(run, cut)
@@ -504,8 +503,11 @@ def test_many_layers_and_experts_stay_in_bounds(run: Path, tmp_path: Path) -> No
     def widen(line: dict[str, Any]) -> None:
         line["slots"] = {name: counts[:1] * layers for name, counts in line["slots"].items()}
         line["slots_by_rank"] = [rank[:1] * layers for rank in line["slots_by_rank"]]
-        line["sent_bytes_by_layer"] = line["sent_bytes_by_layer"][:1] * layers
+        for name in ("sent_bytes_by_layer", "waited_seconds_by_layer"):
+            line[name] = line[name][:1] * layers
         line["expert_load"] = [[2 * e / experts / (experts - 1) for e in range(experts)]] * layers
+        for name in FIGURES:
+            line[f"expert_load_{name}_by_layer"] = line[f"expert_load_{name}_by_layer"][:1] * layers
 
     change_lines(run, widen)
     page = page_of(run, output=tmp_path / "page.html")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wastenot.moe.config import ModelConfig, MoEConfig, RouterConfig
 from wastenot.moe.decoder import build_decoder
-from wastenot.moe.ledger import load_of
+from wastenot.moe.load import load_of
 from wastenot.moe.router import make_router
 from wastenot.moe.routing import Routing
 from wastenot.moe.skew import save_trace

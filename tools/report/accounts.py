@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
+from ...moe.accounts import added
 from ...moe.ledger import SLOTS
 from ...moe.router import capacity_of
 from .formats import count
@@ -37,6 +35,7 @@ class Account:
     collectives: Mapping[str, Mapping[str, float]]
     """`calls`, `bytes` and `waited_seconds` for each kind, over all ranks."""
     sent_bytes_by_layer: Sequence[int] | None
+    waited_seconds_by_layer: Sequence[float] | None
     sent_bytes_by_rank: Sequence[int] | None
     waited_seconds_by_rank: Sequence[float] | None
 
@@ -69,14 +68,15 @@ def account_of(run: Run) -> Account | None:
     return Account(
         steps=steps,
         slots=add_slots(lines),
-        slots_by_rank=_add([line.get("slots_by_rank") for line in lines]),
+        slots_by_rank=added([line.get("slots_by_rank") for line in lines]),
         slots_there_are=None if None in there_are else sum(slots or 0 for slots in there_are),
         tokens=steps * _tokens(run),
         top_k=run.get("router.top_k", 1),
         collectives=_add_collectives(lines),
-        sent_bytes_by_layer=_add([line.get("sent_bytes_by_layer") for line in lines]),
-        sent_bytes_by_rank=_add([line.get("sent_bytes_by_rank") for line in lines]),
-        waited_seconds_by_rank=_add([line.get("waited_seconds_by_rank") for line in lines]),
+        sent_bytes_by_layer=added([line.get("sent_bytes_by_layer") for line in lines]),
+        waited_seconds_by_layer=added([line.get("waited_seconds_by_layer") for line in lines]),
+        sent_bytes_by_rank=added([line.get("sent_bytes_by_rank") for line in lines]),
+        waited_seconds_by_rank=added([line.get("waited_seconds_by_rank") for line in lines]),
     )
 
 
@@ -87,7 +87,7 @@ def ledger_lines(run: Run) -> list[Line]:
 
 def add_slots(lines: Iterable[Line]) -> dict[str, list[int]]:
     """For each of SLOTS, the sums of `lines` per layer."""
-    return {name: _add([line.get("slots", {}).get(name) for line in lines]) or [] for name in SLOTS}
+    return {name: added([line.get("slots", {}).get(name) for line in lines]) or [] for name in SLOTS}
 
 
 def capacity(run: Run, world: int) -> int | None:
@@ -137,14 +137,6 @@ def _slots_there_are(run: Run, line: Line) -> int | None:
     if world is None or slots is None:
         return None
     return line["ledger_steps"] * run.get("train.accumulate", 1) * _blocks(run, world) * run.experts * slots
-
-
-def _add(values: Sequence[Any]) -> Any:
-    """The sum of nested lists of one shape; None where one is missing, or of another shape."""
-    if any(not value for value in values):
-        return None
-    arrays = [np.asarray(value) for value in values]
-    return sum(arrays[1:], arrays[0]).tolist() if len({array.shape for array in arrays}) == 1 else None
 
 
 def _add_collectives(lines: Iterable[Line]) -> dict[str, dict[str, float]]:

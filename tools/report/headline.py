@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
+from ...moe.accounts import slot_ratios
 from ...moe.config_size import count_parameters
-from ...moe.ledger import slot_ratios
 from .accounts import Account, account_of
 from .runs import Run, finite, finite_values, read_runs
 

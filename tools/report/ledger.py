@@ -76,18 +76,20 @@ def _swatch(name: str) -> Html:
 
 
 def _by_layer(run: Run, account: Account) -> Html:
-    sent = account.sent_bytes_by_layer
+    sent, waited = account.sent_bytes_by_layer, account.waited_seconds_by_layer
     numbers = run.layer_numbers(account.num_layers)
     rows = [
         [
             f"layer {number}",
             *(count(account.slots[name][layer]) for name in SLOTS),
             *([size(sent[layer])] if sent else []),
+            *([duration(waited[layer])] if waited else []),
         ]
         for layer, number in enumerate(numbers)
     ]
-    rows.append(["all", *(count(account.total(name)) for name in SLOTS), *([size(sum(sent))] if sent else [])])
-    headings = ["", *TITLES.values(), *(["sent"] if sent else [])]
+    sums = [*([size(sum(sent))] if sent else []), *([duration(sum(waited))] if waited else [])]
+    rows.append(["all", *(count(account.total(name)) for name in SLOTS), *sums])
+    headings = ["", *TITLES.values(), *(["sent"] if sent else []), *(["waited"] if waited else [])]
     return table(headings, rows, label=f"Ledger of {run.name} by layer")
 
 

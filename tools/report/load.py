@@ -6,10 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from ...moe.ledger import load_of
-from .balance import load_lines, mean_load
+from .balance import load_lines, mean_figures, mean_load
 from .formats import count, decimals
 from .headline import Entry
 from .markup import Html, element, figure, folded, join, table
@@ -22,6 +19,9 @@ MOST_ROWS = 128
 
 MOST_COLUMNS = 200
 """Lines of metrics are averaged until no more columns than this are left."""
+
+FIGURE_TITLES = ("busiest / mean", "cv", "entropy", "Gini")
+"""Of `moe.load.FIGURES`."""
 
 END = 0.1
 """The part of the run that counts as its end."""
@@ -51,22 +51,16 @@ def _of_run(index: int, run: Run, *, several: bool) -> Html:
     span = f"step {count(late[0]['step'])}" + (f" to {count(late[-1]['step'])}" if len(late) > 1 else "")
     parts = [_over_steps(index, numbers, lines)] if layers * experts <= MOST_ROWS else [_busiest(index, numbers, lines)]
     parts.append(_at_the_end(index, numbers, shares, span))
-    rows = [[f"layer {number}", *_cells(layer)] for number, layer in zip(numbers, shares, strict=True)]
-    headings = ["", "busiest / mean", "cv", "Gini", "entropy", "unused experts"]
-    balance = table(headings, rows, label=f"Balance of the layers of {run.name}")
-    return join(
-        [
-            heading,
-            element("div", *parts, class_="charts"),
-            folded(f"Balance by layer, {span}", balance, unfolded=layers <= 12 and not several),
-        ]
-    )
-
-
-def _cells(shares: Sequence[float]) -> list[str]:
-    balance = load_of(torch.tensor([shares], dtype=torch.float64))
-    ratios = (balance.max_over_mean, balance.cv, balance.gini, balance.entropy)
-    return [*(decimals(ratio) for ratio in ratios), count(balance.dead)]
+    charts = element("div", *parts, class_="charts")
+    figures = mean_figures(late, layers)
+    if figures is None:
+        return join([heading, charts])
+    rows = [
+        [f"layer {number}", *map(decimals, figures[i]), count(shares[i].count(0))] for i, number in enumerate(numbers)
+    ]
+    balance = table(["", *FIGURE_TITLES, "unused experts"], rows, label=f"Balance of the layers of {run.name}")
+    told = f"Balance by layer, mean over single steps, {span}"
+    return join([heading, charts, folded(told, balance, unfolded=layers <= 12 and not several)])
 
 
 def _over_steps(index: int, numbers: Sequence[int], lines: Sequence[Line]) -> Html:
