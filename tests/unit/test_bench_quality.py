@@ -12,7 +12,7 @@ import pytest
 from wastenot.launch.config import DataConfig
 from wastenot.launch.corpus import prepare_files
 from wastenot.tools.bench import rectify_cells, rectify_quality
-from wastenot.tools.bench.rectify_cells import Cell, finished, grid, run_cell
+from wastenot.tools.bench.rectify_cells import Cell, check, finished, grid, recipe, run_cell
 from wastenot.tools.bench.rectify_quality import at_rows, goals, summarise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,6 +27,7 @@ def test_cells_train_and_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     corpus = prepare_files([tmp_path / "text.txt"], data, progress=False)
     cells = [Cell("dense", 0), Cell("upcycled", 0, 1, "both", 0.5), Cell("scratch", 0, 2, "dropless")]
     for cell in cells:
+        check(cell, corpus)
         assert finished(cell, tmp_path) is None
         run_cell(cell, tmp_path, corpus)
     dense, both, dropless = (finished(cell, tmp_path) for cell in cells)
@@ -43,8 +44,8 @@ def test_cells_train_and_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert both["expert_rows"] == slots["kept"] + slots["filled"] + slots["padding"] + slots["local_rows"]
     assert dropless["expert_rows"] == 2 * tokens
     # A cell of another recipe is run again.
-    monkeypatch.setitem(rectify_cells.RECIPE, "lr", {"dense": 1.0})
-    assert finished(cells[0], tmp_path) is None
+    monkeypatch.setitem(rectify_cells.LEARNING_RATE, "dense", 1.0)
+    assert [finished(cell, tmp_path) is None for cell in cells] == [True, True, False], "upcycled from the first"
 
 
 def test_the_grid_has_every_contender_once_and_quick_is_a_part_of_it() -> None:
@@ -89,6 +90,7 @@ def test_rows_of_the_table_by_hand() -> None:
     assert rows["IR"]["rows_per_choice"] == pytest.approx(2.0)
     assert rows["IR"]["padding"] == pytest.approx(10 / 70)
     met = {goal.metric: goal for goal in goals(list(rows.values()))}
+    assert met["upcycled, top-1, f 0.5: IR below vanilla at equal steps, in standard errors"].met
     assert met["upcycled, top-1, f 0.5: both below vanilla at equal steps, in standard errors"].met
     assert met["upcycled, top-1, f 0.5: loss of IR below that of FR"].met
     assert not met["upcycled, top-1, f 0.5: both below vanilla at equal expert rows, in standard errors"].met
@@ -106,7 +108,7 @@ def test_figures_between_two_points_of_a_curve() -> None:
 def test_an_unfinished_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rectify_quality, "FOLDER", tmp_path)
     cell = Cell("dense", 0)
-    (tmp_path / f"{cell.name}.json").write_text(json.dumps({"recipe": rectify_cells.RECIPE, **result(4.0, 0.2, 100)}))
+    (tmp_path / f"{cell.name}.json").write_text(json.dumps({"recipe": recipe(cell), **result(4.0, 0.2, 100)}))
     said: list[str] = []
     rectify_quality.run_all([cell], tmp_path, said.append)
     assert said == ["1 of 1 cells are there already"]

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...launch.metrics import MetricsWriter
 from ...launch.step import StepResult
-from ...moe.ledger import SLOTS, Ledger, count_layers, gini, merge, slot_ratios
+from ...moe.accounts import merge, slot_ratios
+from ...moe.ledger import SLOTS, Ledger, count_layers
+from ...moe.load import Loads, gini
 from ...moe.routing import Routing
 from ...parallel.collectives import all_reduce, gather_to_root
 from ...parallel.events import Recorders
@@ -59,10 +64,21 @@ def rows_computed(routings: Sequence[Routing], padded: bool, mesh: Mesh) -> Tens
 def ledger_seconds(routings: Sequence[Routing], counts: Tensor, calls: int, every: int, mesh: Mesh) -> float:
     """What a step pays for its account on this rank: counts, events of `calls` collectives, its part of a page.
 
-    counts: those of a step, as `StepResult` has them; every: steps between pages. All ranks call it, and do at the
-    same time what they do at the same time in training.
+    counts: those of a step, as `StepResult` has them; every: steps between pages, which rank 0 writes. All ranks call
+    it, and do at the same time what they do at the same time in training.
     """
-    ledger = Ledger()
+    with tempfile.TemporaryDirectory(prefix="wastenot-ledger-") as folder:
+        metrics = MetricsWriter(Path(folder), tensorboard=True)
+        try:
+            return _ledger_seconds(routings, counts, calls, every, mesh, metrics)
+        finally:
+            metrics.close()
+
+
+def _ledger_seconds(
+    routings: Sequence[Routing], counts: Tensor, calls: int, every: int, mesh: Mesh, metrics: MetricsWriter
+) -> float:
+    ledger, loads = Ledger(), Loads()
     counting: list[float] = []
     paging: list[float] = []
     for _ in range(REPEATS):
@@ -74,14 +90,16 @@ def ledger_seconds(routings: Sequence[Routing], counts: Tensor, calls: int, ever
             ledger.collective_entered(name, 1)
             ledger.collective_left(name, 0.0)
         ledger.add(count_layers(fresh))
+        loads.add(counts[:, : -len(SLOTS)])
         counting.append(time.perf_counter() - begin)
         dist.barrier()
         begin = time.perf_counter()
         pages = gather_to_root(ledger.page(), mesh.world, "ledger", Recorders())
         if pages is not None:
-            merge(pages, counts[:, : -len(SLOTS)], int(counts.sum()))
+            metrics.write(step=0, **merge(pages, loads.read(), int(counts.sum())))
         paging.append(time.perf_counter() - begin)
         ledger.clear()
+        loads = Loads()
     return statistics.median(counting) + statistics.median(paging) / every
 
 

@@ -6,7 +6,7 @@ A finished cell is a file, so a benchmark that was interrupted goes on where it 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,40 +26,27 @@ from ...launch.data import Samples, eval_windows
 from ...launch.memory import keep_freed_memory
 from ...launch.optimizer import make_optimizer
 from ...launch.run_folder import write_atomically
+from ...launch.settings import as_mapping
 from ...launch.shards import TokenShards
 from ...launch.step import Stepper
-from ...moe.config import EmulateConfig, ModelConfig, RectifyConfig, RouterConfig
+from ...moe.config import EmulateConfig, ModelConfig, RouterConfig
 from ...moe.decoder import Decoder, build_decoder
 from ...moe.ledger import SLOTS
 from ...moe.upcycle import upcycle_, upcycled_config
 from ...parallel.gradients import Gradients
 from ...parallel.mesh import single
-
-Method = Literal["vanilla", "IR", "FR", "both", "dropless"]
-METHODS: tuple[Method, ...] = ("vanilla", "IR", "FR", "both", "dropless")
+from .rectify_methods import METHODS, Method, check_first_step, rectify_of
 
 RANKS = 4
 """Emulated ranks, each with a quarter of the tokens and of the experts."""
 BATCH, SEQ_LEN, VOCABULARY = 16, 128, 1024
 EXPERTS = 8
 DENSE = ModelConfig(vocab_size=VOCABULARY, d_model=128, layers=4, heads=4, d_ff=256, moe=None)
-STEPS = {"dense": 500, "upcycled": 200, "scratch": 300}
+STEPS = {"dense": 500, "upcycled": 120, "scratch": 160}
 LEARNING_RATE = {"dense": 2e-3, "upcycled": 1e-3, "scratch": 2e-3}
 EVALUATE_EVERY = 20
-CURVE_WINDOWS = 96
+CURVE_WINDOWS = 64
 """Held-out windows of the points along the way, spread over all; the last evaluation takes all."""
-RECIPE = {
-    "model": asdict(DENSE),
-    "experts": EXPERTS,
-    "ranks": RANKS,
-    "batch": BATCH,
-    "seq_len": SEQ_LEN,
-    "steps": STEPS,
-    "lr": LEARNING_RATE,
-    "evaluate_every": EVALUATE_EVERY,
-    "curve_windows": CURVE_WINDOWS,
-}
-"""What every finished cell was made with; others are made again."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +69,10 @@ class Cell:
 
     @property
     def router(self) -> RouterConfig:
-        rectify = RectifyConfig(intra=self.method in ("IR", "both"), fill=self.method in ("FR", "both"))
         return RouterConfig(
             top_k=self.top_k,
             capacity_factor=self.factor,
-            rectify=rectify,
+            rectify=rectify_of(self.method),
             emulate=EmulateConfig(sources=RANKS, owners=RANKS),
         )
 
@@ -105,13 +91,26 @@ class Cell:
         )
 
 
+def recipe(cell: Cell) -> dict[str, Any]:
+    """All that decides what `cell` comes to, as JSON holds it."""
+    made_of: dict[str, Any] = {
+        "config": as_mapping(cell.config),
+        "evaluate_every": EVALUATE_EVERY,
+        "curve_windows": CURVE_WINDOWS,
+        "torch": torch.__version__,
+    }
+    if cell.setting == "upcycled":
+        made_of["from"] = recipe(Cell("dense", cell.seed))
+    return json.loads(json.dumps(made_of))
+
+
 def finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
-    """What `cell` came to, if it was run with this recipe."""
+    """What `cell` came to, if it was run with its recipe; otherwise it is to be run again."""
     path = folder / f"{cell.name}.json"
     if not path.is_file():
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["recipe"] == json.loads(json.dumps(RECIPE)) else None
+    return result if result.get("recipe") == recipe(cell) else None
 
 
 def run_cell(cell: Cell, folder: Path, corpus: Path) -> None:
@@ -127,7 +126,7 @@ def run_cell(cell: Cell, folder: Path, corpus: Path) -> None:
     result = train(model, config, corpus)
     if cell.setting == "dense":
         save_file({name: p.detach() for name, p in model.named_parameters()}, weights_of(cell.seed, folder))
-    write_atomically(folder / f"{cell.name}.json", json.dumps({"cell": asdict(cell), "recipe": RECIPE, **result}))
+    write_atomically(folder / f"{cell.name}.json", json.dumps({"cell": asdict(cell), "recipe": recipe(cell), **result}))
 
 
 def weights_of(seed: int, folder: Path) -> Path:
@@ -137,12 +136,9 @@ def weights_of(seed: int, folder: Path) -> Path:
 
 def train(model: Decoder, config: TrainConfig, corpus: Path) -> dict[str, Any]:
     """Trains `model`; its curve, its last evaluation, and what its slots were used for."""
-    mesh = single()
-    samples = Samples(TokenShards.open(corpus, "train"), SEQ_LEN, config.train.seed)
     held_out = eval_windows(TokenShards.open(corpus, "val"), SEQ_LEN)
     stride = len(held_out[0]) // CURVE_WINDOWS
-    optimizer = make_optimizer(model, config.optimizer)
-    stepper = Stepper(config, mesh, model, optimizer, Gradients(model, mesh, 2**25), samples)
+    stepper = _make_stepper(model, config, corpus)
     curve: list[dict[str, float]] = []
     rows, slots = 0, [0] * len(SLOTS)
     for step in range(config.train.steps + 1):
@@ -166,6 +162,27 @@ def train(model: Decoder, config: TrainConfig, corpus: Path) -> dict[str, Any]:
         "slots": dict(zip(SLOTS, slots, strict=True)),
         "curve": curve,
     }
+
+
+def check(cell: Cell, corpus: Path) -> None:
+    """Raises where the first step of `cell`, from scratch, is not what the reference kernels make of it.
+
+    Its routings are held against the identities of the ledger: AssertionError; its loss and gradient norm against the
+    reference's: DisagreementError.
+    """
+    config = replace(cell.config, log=LogConfig(dir="unused", debug=True))
+    fast, plain = (
+        _make_stepper(build_decoder(config.model, config.router, single(), seed=cell.seed, backend=b), config, corpus)
+        for b in ("auto", "reference")
+    )
+    found, expected = (stepper.step(0, 0, stop=False) for stepper in (fast, plain))
+    check_first_step(cell.name, (found.loss, found.grad_norm), (expected.loss, expected.grad_norm))
+
+
+def _make_stepper(model: Decoder, config: TrainConfig, corpus: Path) -> Stepper:
+    samples = Samples(TokenShards.open(corpus, "train"), SEQ_LEN, config.train.seed)
+    optimizer = make_optimizer(model, config.optimizer)
+    return Stepper(config, single(), model, optimizer, Gradients(model, single(), 2**25), samples)
 
 
 @torch.no_grad()

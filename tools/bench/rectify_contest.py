@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from ...launch.config import TrainConfig
-from ...moe.config import EmulateConfig, RectifyConfig, RouterConfig
-from .rectify_cells import Method
+from ...moe.config import EmulateConfig, RouterConfig
+from .rectify_methods import DisagreementError, Method, rectify_of
 
 CAPACITY_FACTOR = 1.0
-LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
-"""Largest relative differences of a first step on the ranks from one process that stands for them all."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,6 @@ class Contest:
     """Of the steps of one case: on a slow machine there are fewer rounds."""
 
 
-class DisagreementError(RuntimeError):
-    """A method does not do what it must: its timings would mean nothing."""
-
-
 def configure(contest: Contest, case: Case, method: Method, world: int, emulated: bool = False) -> TrainConfig:
     """The training of `method` on `world` ranks that share the experts, or in one process that stands for them."""
     base, dropless = contest.base, method == "dropless"
@@ -59,7 +53,7 @@ def configure(contest: Contest, case: Case, method: Method, world: int, emulated
         top_k=case.top_k,
         capacity_factor=None if dropless else CAPACITY_FACTOR,
         balance_loss=0.0,
-        rectify=RectifyConfig(intra=method in ("IR", "both"), fill=method in ("FR", "both")),
+        rectify=rectify_of(method),
         emulate=EmulateConfig(sources=world, owners=world) if emulated else None,
     )
     # Without a capacity there is nothing to pad to.
@@ -71,15 +65,6 @@ def configure(contest: Contest, case: Case, method: Method, world: int, emulated
         parallel=replace(base.parallel, data=1, expert=1 if emulated else world),
         train=replace(base.train, batch=base.train.batch * world),
     )
-
-
-def check_first_step(what: str, found: tuple[float, float], expected: tuple[float, float]) -> None:
-    """Raises DisagreementError unless (loss, gradient norm) on the ranks are those of one process."""
-    names, bounds = ("loss", "gradient norm"), (LOSS_TOLERANCE, NORM_TOLERANCE)
-    for name, here, there, bound in zip(names, found, expected, bounds, strict=True):
-        # Written so that a NaN disagrees.
-        if not abs(here - there) <= bound * abs(there):
-            raise DisagreementError(f"{what}: {name} {here!r} on the ranks, {there!r} in one process")
 
 
 def check_bytes(case: Case, sent: Mapping[str, Sequence[Sequence[int]]]) -> None:

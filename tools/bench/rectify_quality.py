@@ -12,6 +12,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from ...launch.config import DataConfig
 from ...launch.corpus import prepare
 from ...launch.errors import UserError
 from . import rectify_real
-from .rectify_cells import METHODS, VOCABULARY, Cell, finished, grid, run_cell
+from .rectify_cells import VOCABULARY, Cell, check, finished, grid, run_cell
+from .rectify_methods import METHODS
 from .rectify_picture import draw_quality
 from .report import Goal, Report, Row, at_least, environment
 
@@ -51,9 +53,16 @@ HEADINGS = {
 
 
 def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
-    """Runs what is not there yet, on all cores, and reports on all cells."""
+    """Runs what is not there yet, on all cores, and reports on all cells.
+
+    Raises where a first step disagrees with its reference: nothing is reported then.
+    """
     cells = grid(quick)
     corpus = prepare(DataConfig(tokenizer=f"bpe:{VOCABULARY}"), progress=False)
+    routers = dict.fromkeys(replace(cell, setting="scratch", seed=0) for cell in cells if cell.setting != "dense")
+    say(f"checking first steps of {len(routers)} routers against reference kernels")
+    for cell in routers:
+        check(cell, corpus)
     FOLDER.mkdir(parents=True, exist_ok=True)
     run_all(cells, corpus, say)
     rows = summarise([(cell, result) for cell in cells if (result := finished(cell, FOLDER)) is not None])
@@ -195,15 +204,20 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
         at = {r["method"]: r for r in rows if (r["setting"], r["top_k"], r["factor"]) == (setting, 1, 0.5)}
         if {"vanilla", "IR", "FR", "both"} <= at.keys():
             for name, what in (("steps", "gain"), ("expert rows", "gain_equal_rows")):
-                both, error = at["both"][what], at["both"][f"{what}_se"]
-                ratio = both / error if error else None
-                metric = f"{setting}, top-1, f 0.5: both below vanilla at equal {name}, in standard errors"
-                found.append(at_least(metric, ratio, 2))
+                for method in ("both", "IR"):
+                    gain, error = at[method][what], at[method][f"{what}_se"]
+                    metric = f"{setting}, top-1, f 0.5: {method} below vanilla at equal {name}, in standard errors"
+                    found.append(at_least(metric, gain / error if error else None, 2))
             metric = f"{setting}, top-1, f 0.5: loss of IR below that of FR"
             found.append(at_least(metric, at["IR"]["gain"] - at["FR"]["gain"], 0))
+        gains = {r["factor"]: r["gain"] for r in rows if (r["setting"], r["top_k"], r["method"]) == (setting, 1, "IR")}
+        if len(gains) > 1:
+            least, most = min(gains), max(gains)
+            metric = f"{setting}, top-1: gain of IR at f {least:g} above that at f {most:g}"
+            found.append(at_least(metric, gains[least] - gains[most], 0))
     for row in rows:
         if (row["setting"], row["top_k"], row["method"]) == ("upcycled", 1, "both"):
             relative = row["accuracy_gain"] / (row["accuracy"] - row["accuracy_gain"])
             metric = f"upcycled, top-1, f {row['factor']:g}: relative gain in accuracy (published: {PUBLISHED_GAIN})"
-            found.append(Goal(metric=metric, value=relative, goal="reported", met=relative > 0))
+            found.append(Goal(metric=metric, value=relative, goal="reported", met=True))
     return found

@@ -38,8 +38,8 @@ from ...parallel.mesh import Mesh, make_mesh, single
 from .interleave import interleave
 from .link import bytes_sent
 from .rectify_account import ledger_seconds, make_row, peak_resident_bytes, rows_computed, saved_for_backward
-from .rectify_cells import METHODS, Method
-from .rectify_contest import Case, Contest, DisagreementError, check_bytes, check_first_step, configure
+from .rectify_contest import Case, Contest, check_bytes, configure
+from .rectify_methods import METHODS, DisagreementError, Method, check_first_step
 
 EXCHANGES = ("dispatch", "combine", "dispatch-gradient", "combine-gradient")
 """Collectives that carry tokens or their gradients."""
