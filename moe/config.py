@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
+
+
+def _one_of(owner: object) -> None:
+    """Raises ValueError where a field of `owner` that is a Literal holds none of its values."""
+    for name, kind in get_type_hints(type(owner)).items():
+        choices, value = get_args(kind), getattr(owner, name)
+        if get_origin(kind) is Literal and value not in choices:
+            close = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.3)
+            nearest = f"; nearest: {close[0]}" if close else ""
+            raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}{nearest}")
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -21,6 +33,9 @@ def nearest_divisor(number: int, wanted: int) -> int:
 
 
 _USUAL = {"rope_theta": "10000", "norm_eps": "1e-6", "init_std": "0.02"}
+
+_MOST_CAPACITY = 1e6
+"""Largest capacity factor: a guess, beyond any model's number of experts. At experts / top_k all tokens have slots."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +64,11 @@ class RectifyConfig:
     select: Literal["any", "all"] = "any"
     """`intra` serves tokens that lost any of their choices so that fewer than top_k remain, or all of them."""
     capacity: float | None = None
-    """Rows `intra` may add per rank, as a part of its tokens: shapes are then static, and tokens beyond it are
-    dropped (R9); null sets no bound."""
+    """Rows `intra` may add per rank, as a part of its tokens; those beyond it are dropped (R9). With padded dispatch
+    all shapes are then static. null sets no bound."""
 
     def __post_init__(self) -> None:
+        _one_of(self)
         _positive(self, "fill_ranks")
         if self.capacity is not None and not 0 < self.capacity <= 1:
             nearest = 1.0 if self.capacity > 1 else 0.25
@@ -110,6 +126,7 @@ class RouterConfig:
     emulate: EmulateConfig | None = None
 
     def __post_init__(self) -> None:
+        _one_of(self)
         _positive(self, "top_k", "groups", "top_groups")
         if self.top_groups > self.groups:
             raise ValueError(f"top_groups: {self.top_groups} exceeds groups: {self.groups}; use at most {self.groups}")
@@ -144,6 +161,13 @@ class RouterConfig:
     def _check_capacity(self, factor: float) -> None:
         if factor < 0 or (factor == 0 and not self.rectify.intra):
             raise ValueError(f"capacity_factor: {factor} leaves no slot; use a positive factor or null")
+        if factor > _MOST_CAPACITY:
+            raise ValueError(
+                f"capacity_factor: {factor} makes slots that no token can fill (experts / top_k is enough for all); "
+                f"use at most {_MOST_CAPACITY:.0f}, or null"
+            )
+        if math.isnan(factor):
+            raise ValueError(f"capacity_factor: {factor} is not a number; use for example 1.0, or null")
 
     @property
     def num_choices(self) -> int:
@@ -168,6 +192,7 @@ class MoEConfig:
     """`ragged` sends the rows there are; `padded` always sends E*C slots: static shapes, needs a capacity_factor."""
 
     def __post_init__(self) -> None:
+        _one_of(self)
         _positive(self, "experts", "d_expert", "every")
         for name in ("shared_experts", "first_dense"):
             if getattr(self, name) < 0:
@@ -201,6 +226,7 @@ class ModelConfig:
     """null makes every layer dense: the baseline."""
 
     def __post_init__(self) -> None:
+        _one_of(self)
         _positive(self, "d_model", "layers", "heads")
         if self.vocab_size < 0:
             raise ValueError(f"vocab_size: {self.vocab_size} is negative; use 0 to take the tokenizer's")

@@ -24,10 +24,15 @@ from ..moe.decoder import with_router
 from ..moe.ledger import SLOTS, count_slots
 from ..moe.routing import DROPPED, FILLED, KEPT, Routing
 from .eval import held_out
+from .output import check_output, replacing
 from .report.palette import LIGHT
 
 HELP = "picture what a batch does with its expert slots, without and with Rectify-Router"
 EXAMPLE = "wastenot slots runs/quickstart --ranks 4 --capacity-factor 1.0 --output slots.png"
+
+FILE_NAME = "slots.png"
+MARK = b"\x89PNG"
+"""How a picture begins, by which it is known as one that may be drawn anew."""
 
 COLOURS = {name: LIGHT[name] for name in ("kept", "filled", "rectified", "dropped", "padding")}
 
@@ -39,12 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", type=int, default=-1, help="MoE layer, from 0; default: the last")
     parser.add_argument("--ranks", type=int, default=4, help="(emulated) ranks that share the experts (%(default)s)")
     parser.add_argument("--capacity-factor", type=float, default=1.0, metavar="F", help="(%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("slots.png"), metavar="FILE", help="PNG (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path(FILE_NAME), metavar="FILE", help="PNG (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Routes one held-out batch both ways and draws it."""
+    check_output(args.output, MARK, "a PNG picture", FILE_NAME)
     saved = open_run(args.run, args.checkpoint)
     before, after = both_routings(saved, args.ranks, args.capacity_factor)
     if not -len(before) <= args.layer < len(before):
@@ -101,9 +107,9 @@ def _router(trained: RouterConfig, ranks: int, factor: float, rectify: RectifyCo
 
 
 def draw(before: Routing, after: Routing, path: Path) -> None:
-    """Draws both routings of the same tokens, at most 4 ranks one below the other.
+    """Draws both routings of the same tokens, at most 4 ranks one below the other, into the file `path`.
 
-    Raises UserError where matplotlib is not installed.
+    Raises UserError where matplotlib is not installed, or the file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -130,10 +136,8 @@ def draw(before: Routing, after: Routing, path: Path) -> None:
         panels[-1][column].set_xlabel("expert")
     handles = [Patch(facecolor=c, edgecolor="0.5", label=name) for name, c in COLOURS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=130, format="png")
-    beside.replace(path)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=130, format="png")
 
 
 def _stacks(routing: Routing, block: int) -> dict[str, Any]:

@@ -42,21 +42,35 @@ LAYOUTS = [(2, 1), (1, 2), (4, 1), (2, 2)]
 
 @dataclass(frozen=True)
 class Setting:
-    """One layer to run: how it routes and dispatches, in which dtype."""
+    """One layer to run: how it routes and dispatches, in which dtype, with which tokens and gate."""
 
     router: RouterConfig
     dispatch: str = "ragged"
     dtype: torch.dtype = torch.float64
+    tokens: int = TOKENS
+    """Of all ranks."""
+    gate: str = "random"
+    """`level`: all logits are equal; `peak`: expert 5 is the first choice of every token, all others are equal."""
 
     def layer(self, mesh: Mesh) -> MoELayer:
         def fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
             tensor.copy_(torch.randn(tensor.shape, dtype=torch.float64, generator=generator))
+            if name == "router.weight" and self.gate != "random":
+                tensor.zero_()
+                tensor[5] = float(self.gate == "peak")
 
         moe = MoEConfig(experts=8, d_expert=4, shared_experts=1, dispatch=self.dispatch)  # pyright: ignore[reportArgumentType]
         with torch.device("meta"):
             layer = MoELayer(D, moe, self.router, mesh)
         parallelize(layer, mesh, fill, 0, self.dtype)
         return layer
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Tokens, and the gradient of what becomes of them; [T, D] of all ranks."""
+        draw = torch.Generator().manual_seed(1)
+        x, direction = (torch.randn(self.tokens, D, dtype=torch.float64, generator=draw) for _ in range(2))
+        # A sum of positive numbers is what makes the peak.
+        return (x.abs() if self.gate == "peak" else x).to(self.dtype), direction.to(self.dtype)
 
     def emulating(self, sources: int, owners: int) -> Setting:
         return replace(self, router=replace(self.router, emulate=EmulateConfig(sources=sources, owners=owners)))
@@ -68,6 +82,16 @@ SETTINGS = [
     for dispatch in ("ragged", "padded")
     for dtype in (torch.float64, torch.float32)
 ]
+
+
+def edges(world: int) -> list[Setting]:
+    """One token per rank, no expert better than another, one expert for all."""
+    return [
+        Setting(ROUTERS[name], dispatch, tokens=tokens, gate=gate)
+        for name in ("top-1, stand-ins", "top-2, both, bounded", "no slot")
+        for dispatch in ("ragged", "padded")
+        for tokens, gate in ((world, "random"), (TOKENS, "level"), (TOKENS, "peak"))
+    ]
 
 
 def decisions(routing: Routing) -> dict[str, Tensor]:
@@ -87,8 +111,7 @@ def pass_through(rank: int, world: int, expert: int, settings: list[Setting]) ->
     results = []
     for setting in settings:
         layer = setting.layer(mesh)
-        draw = torch.Generator().manual_seed(1)
-        x, direction = (torch.randn(TOKENS, D, dtype=torch.float64, generator=draw).to(setting.dtype) for _ in range(2))
+        x, direction = setting.inputs()
         x_1TD = x.chunk(world)[rank].unsqueeze(0).clone().requires_grad_()
         y_1TD, routing = layer(x_1TD)
         check_identities(routing)
@@ -125,13 +148,14 @@ def assert_same(ranks: list[dict[str, Any]], alone: dict[str, Any], expert: int,
         torch.testing.assert_close(torch.stack(copies).sum(0), whole, **tolerance)
 
 
-@pytest.mark.parametrize(("expert", "data"), LAYOUTS)
+@pytest.mark.parametrize(("expert", "data"), [(1, 1), *LAYOUTS])
 def test_one_process_decides_as_real_ranks_do(expert, data):
     """(g): nothing on the ranks is emulated; the one process emulates them."""
     world = expert * data
-    ranks = run_ranks(world, pass_through, expert, SETTINGS)
-    alone = pass_through(0, 1, 1, [setting.emulating(world, expert) for setting in SETTINGS])
-    for i, setting in enumerate(SETTINGS):
+    settings = SETTINGS + edges(world)
+    ranks = run_ranks(world, pass_through, expert, settings)
+    alone = pass_through(0, 1, 1, [setting.emulating(world, expert) for setting in settings])
+    for i, setting in enumerate(settings):
         assert_same([rank[i] for rank in ranks], alone[i], expert, setting.dtype)
 
 

@@ -405,6 +405,8 @@ def test_what_cannot_be_rectified_is_refused_in_one_line_and_left_alone():
     assert "ranks: 3 does not divide the 8 experts" in refused(model, ranks=3)
     assert "use 2" in refused(model, ranks=3)
     assert "without a capacity_factor" in refused(model, capacity_factor=None)
+    assert "capacity_factor: nan is not a number" in refused(model, capacity_factor=float("nan"))
+    assert "select: 'al' is not one of any, all; nearest: all" in refused(model, select="al")
     assert "capacity: 2.0 is outside" in refused(model, capacity=2.0)
     assert "8 experts" in refused(model, fill_ranks=7)
     model.model.layers[1].mlp.forward = model.model.layers[1].mlp.forward

@@ -145,6 +145,14 @@ def test_what_cannot_be_is_refused_in_one_line():
     )
 
 
+def test_the_largest_capacity_factor_works():
+    x_TD, logits_TE = draw(1, 64, D), draw(0, 64, E)
+    config = RouterConfig(top_k=2, capacity_factor=1e6, rectify=BOTH, emulate=RANKS)
+    y_TD, routing = mixture(x_TD, logits_TE, lambda rows, _: rows, config)
+    check_identities(routing)
+    torch.testing.assert_close(y_TD, x_TD)
+
+
 def test_a_mixer_holds_nothing_of_a_forward_pass():
     mixer = Mixer(E, CONFIGS["both"], single())
     before = {name: id(value) for name, value in vars(mixer).items()}

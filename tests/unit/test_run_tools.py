@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Sequence
@@ -306,7 +307,7 @@ def test_slots_pictures_a_batch_before_and_after(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    picture = tmp_path / "new" / "slots.png"
+    picture = tmp_path / "slots.png"
     told = answer(capsys, "slots", made, "--ranks", "2", "--capacity-factor", "0.75", "--output", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     vanilla, rectified = told["vanilla"], told["rectified"]
@@ -317,7 +318,42 @@ def test_slots_pictures_a_batch_before_and_after(
     assert rectified["padding"] < vanilla["padding"] or rectified["filled"] == 0
     assert "use 2" in complaint(capsys, "slots", made, "--ranks", "3", "--output", picture)
     assert "use 0 to 1" in complaint(capsys, "slots", made, "--ranks", "2", "--layer", "2", "--output", picture)
-    assert "positive factor" in complaint(capsys, "slots", made, "--capacity-factor", "-1", "--output", picture)
+    for factor, remedy in (("-1", "positive factor"), ("nan", "use for example 1.0"), ("1e300", "use at most 1000000")):
+        said = complaint(capsys, "slots", made, "--capacity-factor", factor, "--output", picture)
+        assert said.startswith("error: capacity_factor: ") and remedy in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (".", "is a folder; name a file, for example"),
+        ("gone/slots.png", "there is no folder"),
+        ("notes/slots.png", "there is no folder"),
+        ("notes", "exists and is not a PNG picture"),
+        (f"{'n' * 300}.png", "cannot be written (File name too long)"),
+    ],
+)
+def test_slots_refuses_a_picture_that_it_could_not_write_before_anything_else(
+    file: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes").write_text("mine")
+    assert message in complaint(capsys, "slots", tmp_path / "no run", "--output", tmp_path / file)
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_slots_leaves_nothing_of_a_picture_that_it_cannot_finish(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+
+    def fill_the_disk(self: Any, file: Path, **options: Any) -> None:
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(figure.Figure, "savefig", fill_the_disk)
+    said = complaint(capsys, "slots", made, "--output", tmp_path / "slots.png")
+    assert "slots.png: cannot be written (No space left on device)" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_router_shares_the_weights(made: Path) -> None:

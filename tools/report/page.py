@@ -7,8 +7,8 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
-from ...launch.errors import UserError
 from ...launch.run_folder import write_atomically
+from ..output import check_output, refusals_named
 from .headline import Entry, read_entries
 from .ledger import ledger
 from .load import load
@@ -47,24 +47,10 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
 
 def write_page(entries: Sequence[Entry], output: Path) -> Path:
     """`write_report` of runs that are read already."""
-    try:
-        check_output(output)
+    check_output(output, MARK.encode(), "a report", FILE_NAME)
+    with refusals_named(output):
         write_atomically(output, make_page(entries))
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror}); name another --output") from error
     return output
-
-
-def check_output(output: Path) -> None:
-    """Raises UserError where `output` would replace what is no report, or has no folder to stand in."""
-    if output.is_dir():
-        raise UserError(f"{output} is a folder; name a file, for example {output / FILE_NAME}")
-    if not output.parent.is_dir():
-        raise UserError(f"{output}: there is no folder {output.parent}; make it, or name another --output")
-    if output.exists():
-        with output.open("rb") as file:
-            if MARK.encode() not in file.read(1000):
-                raise UserError(f"{output} exists and is not a report; name another --output")
 
 
 def make_page(entries: Sequence[Entry]) -> Html:
