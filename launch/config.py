@@ -157,5 +157,5 @@ class TrainConfig:
     train: LoopConfig = field(default_factory=LoopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    kernels: Literal["auto", "torch", "reference"] = "auto"
+    kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
     """Which implementation of route, dispatch, combine and grouped experts runs."""

@@ -109,10 +109,10 @@ def benchmark_routers_learn_nothing(config: TrainConfig) -> list[Violation]:
 
 
 def widths_align(config: TrainConfig) -> list[Violation]:
-    """Grouped matrix products want rows of whole 16-byte units; only the reference kernels do without."""
+    """torch's grouped matrix products want rows of whole 16-byte units; other kernels do without."""
     moe, precision = config.model.moe, config.train.precision
     step = {"fp32": 4, "bf16": 8}.get(precision, 1)
-    if moe is None or config.kernels == "reference":
+    if moe is None or config.kernels in ("reference", "triton"):
         return []
     found = []
     for path, value in (("model.d_model", config.model.d_model), ("model.moe.d_expert", moe.d_expert)):
@@ -124,9 +124,9 @@ def widths_align(config: TrainConfig) -> list[Violation]:
 
 
 def kernels_take_precision(config: TrainConfig) -> list[Violation]:
-    if config.model.moe is None or config.kernels != "torch" or config.train.precision != "fp64":
+    if config.model.moe is None or config.train.precision != "fp64" or config.kernels in ("reference", "auto"):
         return []
-    message = "torch has no grouped product for train.precision: fp64; use reference or auto"
+    message = f"{config.kernels} has no grouped product for train.precision: fp64; use reference or auto"
     return [Violation(("kernels", "train.precision"), message)]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..kernels.backend import implementation
 from ..moe.accounts import merge
 from ..moe.decoder import Decoder, build_decoder
 from ..moe.generate import generate
@@ -25,7 +26,7 @@ from ..parallel.training_state import load_training_state, training_state
 from .config import TrainConfig
 from .console import RunConsole
 from .data import Samples
-from .errors import UserError, all_together
+from .errors import UserError, Violation, all_together
 from .evaluate import Evaluation, evaluate
 from .metrics import MetricsWriter
 from .optimizer import make_optimizer
@@ -316,6 +317,10 @@ class Trainer:
 def complete(config: TrainConfig, mesh: Mesh, vocab_size: int) -> TrainConfig:
     """`config` with what only the data and the world tell; UserError where they contradict it."""
     violations = [*world_rules(config, mesh.world.size), *vocabulary_rule(config, vocab_size)]
+    try:
+        implementation(config.kernels, mesh.device)
+    except ValueError as error:
+        violations.append(Violation(("kernels",), str(error).removeprefix("kernels: ")))
     if violations:
         raise all_together("config", violations)
     if config.model.vocab_size:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.backend import Backend
-from ..kernels.route import assign, select
+from ..kernels.route import Score, assign, choose
 from .config import RouterConfig, nearest_divisor
 from .routing import Routing
 from .weights import combine_weights, log_scores
@@ -59,21 +59,16 @@ def route(
         raise ValueError(f"{tokens} tokens cannot be cut into {blocks} emulated ranks; use {nearest}")
     with torch.autocast(logits_TE.device.type, enabled=False):
         logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-        scores_TE, probs_TE = scores_of(logits_TE, config.score)
-        selecting = scores_TE.detach()
-        if bias_E is not None:
-            selecting = selecting + bias_E.to(scores_TE.dtype)
-        chosen_TK = select(selecting, config.num_choices, config.groups, config.top_groups, backend)
+        scores_TE, chosen_TK = choose(
+            logits_TE, config.num_choices, config.score, config.groups, config.top_groups, bias_E, backend
+        )
+        probs_TE = probabilities(scores_TE, config.score)
         return place(chosen_TK, logits_TE, probs_TE, config, blocks, dropless, backend)
 
 
-def scores_of(logits_TE: Tensor, score: str) -> tuple[Tensor, Tensor]:
-    """What experts are chosen by, and the same as probabilities that sum to one; both [T, E] with gradient."""
-    if score == "softmax":
-        probs_TE = logits_TE.softmax(-1)
-        return probs_TE, probs_TE
-    scores_TE = logits_TE.sigmoid()
-    return scores_TE, scores_TE / scores_TE.sum(-1, keepdim=True)
+def probabilities(scores_TE: Tensor, score: Score) -> Tensor:
+    """Scores made to sum to one; [T, E] with gradient."""
+    return scores_TE if score == "softmax" else scores_TE / scores_TE.sum(-1, keepdim=True)
 
 
 def place(

@@ -112,11 +112,10 @@ PROBES = (
     ),
     Probe(
         name="triton",
-        extra="",
-        purpose="compiled GPU kernels",
+        extra="triton",
+        purpose="kernels on GPUs, and their interpreter on CPUs",
         module="triton",
         code="import triton\nversion = triton.__version__",
-        instead="comes with CUDA builds of torch",
     ),
     Probe(
         name="NVIDIA apex",

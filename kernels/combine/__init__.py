@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import Backend, is_reference
+from ..backend import Backend, implementation
 from . import naive, vectorised
 
 __all__ = ["combine"]
@@ -32,6 +32,11 @@ def combine(
 def _combine(
     rows_RD: Tensor, weights_TK: Tensor, position_TK: Tensor, source_R: Tensor, may_be_empty: bool, backend: Backend
 ) -> Tensor:
-    if is_reference(backend):
+    found = implementation(backend, rows_RD.device)
+    if found == "triton":
+        from . import kernel
+
+        return kernel.combine(rows_RD, weights_TK, position_TK, source_R)
+    if found == "reference":
         return naive.combine(rows_RD, weights_TK, position_TK, source_R)
     return vectorised.combine(rows_RD, weights_TK, position_TK, source_R, may_be_empty)

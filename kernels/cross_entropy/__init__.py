@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..backend import Backend, is_reference
+from ..backend import Backend, implementation
 from . import naive, vectorised
 
 __all__ = ["linear_cross_entropy"]
@@ -15,4 +15,5 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor
 
     Both inputs share one dtype; `targets_T` is int64. Differentiable once, in both inputs.
     """
-    return (naive if is_reference(backend) else vectorised).linear_cross_entropy(hidden_TD, weight_VD, targets_T)
+    chosen = naive if implementation(backend, hidden_TD.device) == "reference" else vectorised
+    return chosen.linear_cross_entropy(hidden_TD, weight_VD, targets_T)

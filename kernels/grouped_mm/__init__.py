@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ..backend import Backend, is_reference
+from ..backend import Backend, implementation
 from . import naive, vectorised
 
 __all__ = ["grouped_swiglu"]
@@ -21,14 +22,26 @@ def grouped_swiglu(
         down_eDF: down projections.
         offsets_e: int32, the row after the last of each expert; offsets_e[-1] == R. Empty groups are fine.
     Raises:
-        ValueError: `backend` is `torch` and torch's grouped_mm cannot take these dtypes or widths.
+        ValueError: `backend` names an implementation that cannot take these dtypes or widths.
     """
-    fits = vectorised.supported(x_RD, gate_up_e2FD, down_eDF)
-    if is_reference(backend) or (backend == "auto" and not fits):
-        return naive.grouped_swiglu(x_RD, gate_up_e2FD, down_eDF, offsets_e)
-    if not fits:
+    found = implementation(backend, x_RD.device)
+    can = {
+        "triton": x_RD.dtype in (torch.float32, torch.bfloat16, torch.float16),
+        "torch": vectorised.supported(x_RD, gate_up_e2FD, down_eDF),
+        "reference": True,
+    }
+    if backend == "auto":
+        # On CUDA torch has products of its own for bf16 alone.
+        order = ("torch", "triton") if x_RD.dtype == torch.bfloat16 else ("triton", "torch")
+        usable = order if found == "triton" else ("torch",)
+        found = next((name for name in usable if can[name]), "reference")
+    if not can[found]:
         raise ValueError(
-            f"kernels: torch cannot group {x_RD.dtype} products of widths {tuple(gate_up_e2FD.shape[1:])}; use fp32 "
+            f"kernels: {found} cannot group {x_RD.dtype} products of widths {tuple(gate_up_e2FD.shape[1:])}; use fp32 "
             "or bf16 with widths of whole 16 bytes, or kernels: reference"
         )
-    return vectorised.grouped_swiglu(x_RD, gate_up_e2FD, down_eDF, offsets_e)
+    if found == "triton":
+        from . import kernel
+
+        return kernel.grouped_swiglu(x_RD, gate_up_e2FD, down_eDF, offsets_e)
+    return (naive if found == "reference" else vectorised).grouped_swiglu(x_RD, gate_up_e2FD, down_eDF, offsets_e)

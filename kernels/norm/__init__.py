@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import Backend, is_reference
+from ..backend import Backend, implementation
 from . import naive, vectorised
 
 __all__ = ["rms_norm"]
@@ -16,7 +16,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, backend: Backend = "auto")
 
     Off the CPU torch's own fused kernel is used.
     """
-    if is_reference(backend):
+    if implementation(backend, x.device) == "reference":
         return naive.rms_norm(x, weight_D, eps)
     if x.device.type != "cpu":
         return F.rms_norm(x, weight_D.shape, weight_D, eps)

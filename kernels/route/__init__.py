@@ -5,10 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import Backend, is_reference
+from ..backend import Backend, implementation
 from . import naive, vectorised
+from .naive import Score, scores
 
-__all__ = ["assign", "select"]
+__all__ = ["Score", "assign", "choose", "scores", "select"]
+
+
+def choose(
+    logits_TE: Tensor,
+    k: int,
+    score: Score = "softmax",
+    groups: int = 1,
+    top_groups: int = 1,
+    bias_E: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Scores [T, E] of a gate's logits, and the experts that `select` makes of scores plus bias; int64 [T, k].
+
+    Differentiable in the logits, through the scores. `logits_TE` is fp32 or wider; the bias steers selection only.
+    """
+    if implementation(backend, logits_TE.device) == "triton":
+        from . import kernel
+
+        return kernel.choose(logits_TE, bias_E, k, score, groups, top_groups)
+    scores_TE = scores(logits_TE, score)
+    steered_TE = scores_TE.detach()
+    if bias_E is not None:
+        steered_TE = steered_TE + bias_E.to(scores_TE.dtype)
+    return scores_TE, select(steered_TE, k, groups, top_groups, backend)
 
 
 @torch.no_grad()
@@ -17,8 +42,12 @@ def select(scores_TE: Tensor, k: int, groups: int = 1, top_groups: int = 1, back
 
     With `groups` > 1 a token chooses among the `top_groups` groups whose two best scores sum highest.
     """
-    chosen = naive if is_reference(backend) else vectorised
-    return chosen.select(scores_TE, k, groups, top_groups)
+    found = implementation(backend, scores_TE.device)
+    if found == "triton":
+        from . import kernel
+
+        return kernel.choose_fwd(scores_TE, None, k, "given", groups, top_groups)[1]
+    return (naive if found == "reference" else vectorised).select(scores_TE, k, groups, top_groups)
 
 
 @torch.no_grad()
@@ -34,5 +63,9 @@ def assign(
 
     Without a capacity the order inside a queue carries no meaning and back ends may differ in it.
     """
-    chosen = naive if is_reference(backend) else vectorised
-    return chosen.assign(experts_TK, priority_T, num_experts, blocks, capacity)
+    found = implementation(backend, experts_TK.device)
+    if found == "triton":
+        from . import kernel
+
+        return kernel.assign(experts_TK, priority_T, num_experts, blocks, capacity)
+    return (naive if found == "reference" else vectorised).assign(experts_TK, priority_T, num_experts, blocks, capacity)

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Score = Literal["softmax", "sigmoid"]
+
+
+def scores(logits_TE: Tensor, score: Score) -> Tensor:
+    """What experts are chosen by, [T, E] with gradient."""
+    return logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
 
 
 def select(scores_TE: Tensor, k: int, groups: int = 1, top_groups: int = 1) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from wastenot.kernels import backend
 from wastenot.tools.cli import main
 
 CONFIG = """
@@ -178,6 +179,15 @@ def test_bad_environment(name, home, capsys, monkeypatch):
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     check(lambda _: None, FRESH, said, home, capsys)
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"), [(True, "kernels: triton needs a CUDA device and this is cpu"), (False, "wastenot[triton]")]
+)
+def test_triton_where_it_cannot_run(installed, said, home, capsys, monkeypatch):
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    monkeypatch.setattr(backend, "_has_triton", lambda: installed)
+    check(lambda _: None, [*FRESH, "-s", "kernels=triton"], said, home, capsys)
 
 
 def test_json_says_the_error_too(home, capsys):

@@ -39,6 +39,8 @@ BAD_SETTINGS = [
     ("router.groups=8 -s router.top_k=3", "router.top_groups", "use 3 or more"),
     ("router.top_groups=2", "router.top_groups", "use at most 1"),
     ("router.capacity_factor=0", "router.capacity_factor", "use a positive factor or null"),
+    ("router.capacity_factor=.nan", "router.capacity_factor", "is not a number (0.1, 3e-4) or null"),
+    ("router.capacity_factor=1e300", "router.capacity_factor", "use at most 1000000, or null"),
     ("router.kind=uniform", "router.balance_loss", "use 0.0"),
     ("router.kind=skewed -s router.balance_loss=0 -s router.bias_update=1e-3", "router.bias_update", "use 0.0"),
     ("router.skew=2", "router.skew", "use 1.0"),
@@ -104,7 +106,8 @@ BAD_SETTINGS = [
     ("log.dir=''", "log.dir", "use for example log"),
     ("checkpoint.resume=atuo", "checkpoint.resume", "nearest: auto"),
     ("kernels=torch -s train.precision=fp64", "kernels", "use reference or auto"),
-    ("kernels=cuda", "kernels", "one of auto, torch, reference"),
+    ("kernels=triton -s train.precision=fp64", "kernels", "use reference or auto"),
+    ("kernels=cuda", "kernels", "one of auto, triton, torch, reference"),
 ]
 
 
