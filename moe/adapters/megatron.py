@@ -9,7 +9,8 @@ row stays there. Slots are counted per source rank (METHODS R2): Megatron's capa
 over, its own dropping does not run. Balancing and z-losses and the counts for the expert bias are Megatron's, of all
 choices before any is dropped.
 
-As in Megatron, capacity holds in evaluation too, but not for passes of one token per sequence: generation.
+As in Megatron, capacity holds in evaluation too; but passes of one token per sequence, generation, drop nothing, unless
+experts are padded to their capacity: these have no row beyond it.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...kernels.route import select
+from ...kernels.route import scores, select
 from ...parallel.expert import local_experts
 from ...parallel.mesh import Axis
 from ..config import RectifyConfig, RouterConfig
 from ..rectify import Rectifier, own_experts
-from ..router import place, scores_of
+from ..router import place, probabilities
 from ..routing import Routing
 from .routings import Observer, routings_of
 
@@ -91,7 +92,9 @@ class RectifyRouter(TopKRouter):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights and map, [T, E], of logits [S, B, E]."""
         stock_TE, chosen_TE = super().routing(logits, padding_mask)
-        if logits.size(0) == 1 and not self.training:
+        generates = logits.size(0) == 1 and not self.training
+        # The dispatcher would cut a dropless map to padded experts' capacity by index, whatever the weights say.
+        if generates and not self.config.moe_pad_expert_input_to_capacity:
             return stock_TE, chosen_TE
         routing = self.decide(logits.flatten(0, 1), chosen_TE)
         if self.on_routing is not None:
@@ -104,7 +107,8 @@ class RectifyRouter(TopKRouter):
         """The rectified routing of the top_k experts per token that Megatron chose, a mask; in fp32 or wider."""
         config = self.routing_config
         logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-        scores_TE, probs_TE = scores_of(logits_TE, config.score)
+        scores_TE = scores(logits_TE, config.score)
+        probs_TE = probabilities(scores_TE, config.score)
         order_TE = scores_TE.detach()
         if self.expert_bias is not None:
             order_TE = order_TE + self.expert_bias
