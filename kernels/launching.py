@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,17 @@ _recording: ContextVar[list[Launch] | None] = ContextVar("recording", default=No
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Runs `kernel` for every place of `grid`, or only takes note of it under `recorded`."""
+    """Runs `kernel` for every place of `grid`, or only takes note of it under `recorded`.
+
+    It runs on the device of its first argument, a tensor, whichever is the current one.
+    """
     heard = _recording.get()
-    if heard is None:
-        kernel[grid](*arguments, **options)
-    else:
+    if heard is not None:
         heard.append(Launch(kernel, grid, arguments, options))
+        return
+    device: torch.device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **options)
 
 
 def interpreted() -> bool:

@@ -28,6 +28,7 @@ from .dispatch import kernel as dispatch
 from .grouped_mm import kernel as grouped_mm
 from .launching import Launch, recorded
 from .route import kernel as route
+from .weigh import kernel as weigh
 
 ARCHITECTURES = (80, 90, 100)
 """Compute capabilities: A100, H100 and H200, B200."""
@@ -140,6 +141,12 @@ def _routes() -> None:
         for score in ("softmax", "sigmoid", "given"):
             for bias_E in (None, torch.empty(experts)):
                 _, chosen_TK = route.choose_fwd(logits_TE, bias_E, k, score, groups, top_groups)
+        for score in ("softmax", "sigmoid"):
+            for normalize, detach in ((True, True), (True, False), (False, True)):
+                for choices in (k, 1):
+                    times_TK = torch.empty(4096, choices, dtype=torch.int64)
+                    weights_TK = weigh.forward(logits_TE, times_TK, times_TK, score, normalize, 0)
+                    weigh.differentiate(weights_TK, logits_TE, times_TK, times_TK, score, normalize, detach, 0)
         for capacity in (None, 400):
             route.assign_fwd(chosen_TK, torch.empty(4096, dtype=torch.int32), experts, 1, capacity)
 

@@ -20,7 +20,7 @@ from ..kernels.backend import Backend
 from ..kernels.route import assign
 from .config import EmulateConfig, RouterConfig
 from .routing import Routing, StandIns
-from .weights import combine_weights, log_scores, stand_in_weights
+from .weights import combine_weights, weights_with_stand_in
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def fill_in(routing: Routing, config: RouterConfig, backend: Backend = "auto") -
     slots_TJ = slots_TJ.masked_fill((queued_TJ < 0) | (slots_TJ >= capacity), -1)
     experts_TK = torch.cat([routing.experts_TK, next_TJ], 1)
     slots_TK = torch.cat([routing.slots_TK, slots_TJ], 1)
-    weights_TK = combine_weights(log_scores(routing.logits_TE, experts_TK, config.score), slots_TK, config)
+    weights_TK = combine_weights(routing.logits_TE, experts_TK, slots_TK, config, backend)
     return replace(
         routing,
         experts_TK=experts_TK,
@@ -131,8 +131,10 @@ def intra_gpu(routing: Routing, config: RouterConfig, own: OwnExperts, backend: 
     slots_T1, counts_BE = assign(queue_T1, nobody_first_T, E + 1, B, None, backend)
 
     experts_TL = torch.cat([routing.experts_TK, local_T.unsqueeze(1)], 1)
-    log_p_TL = log_scores(routing.logits_TE, experts_TL, config.score)
-    weights_TK, weight_T = stand_in_weights(log_p_TL[:, :K], log_p_TL[:, K], routing.slots_TK, K - survivors_T, config)
+    # Values for tokens that lost nothing mean nothing.
+    times_TL = torch.cat([has_slot_TK, (K - survivors_T).clamp(min=1).unsqueeze(1)], 1)
+    weights_TL = weights_with_stand_in(routing.logits_TE, experts_TL, times_TL, config, backend)
+    weights_TK, weight_T = weights_TL[:, :K], weights_TL[:, K]
     weights_TK = weights_TK + torch.where(holds_TK, weight_T.unsqueeze(1), torch.zeros_like(weights_TK))
     stand_ins = StandIns(
         expert_T=torch.where(selected_T, local_T, -1),

@@ -18,7 +18,7 @@ from ..kernels.backend import Backend
 from ..kernels.route import Score, assign, choose
 from .config import RouterConfig, nearest_divisor
 from .routing import Routing
-from .weights import combine_weights, log_scores
+from .weights import combine_weights
 
 
 def capacity_of(config: RouterConfig, tokens: int, num_experts: int) -> int | None:
@@ -93,7 +93,7 @@ def place(
     else:
         priority_T = torch.zeros(tokens, dtype=torch.int32, device=probs_TE.device)
     slots_TK, counts_BE = assign(experts_TK, priority_T, num_experts, blocks, capacity, backend)
-    weights_TK = combine_weights(log_scores(logits_TE, experts_TK, config.score), slots_TK, config)
+    weights_TK = combine_weights(logits_TE, experts_TK, slots_TK, config, backend)
     return Routing(
         experts_TK=experts_TK,
         weights_TK=weights_TK,

@@ -22,7 +22,7 @@ def test_kernels_compile_without_spilling(arch, record_property):
     kernels = Counter(code["kernel"] for code in codes)
     assert kernels.keys() == {
         "gather_fwd", "combine_fwd", "combine_bwd", "clear_padding", "gate_up_fwd", "grouped_fwd", "grouped_wgrad",
-        "swiglu_bwd", "select_fwd", "count_fwd", "place_fwd",
+        "swiglu_bwd", "select_fwd", "count_fwd", "place_fwd", "weigh_fwd", "weigh_bwd",
     }  # fmt: skip
     spilled = [code for code in codes if code["spilled_bytes"]]
     assert not spilled

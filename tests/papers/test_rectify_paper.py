@@ -24,7 +24,7 @@ from wastenot.moe.layer import MoELayer
 from wastenot.moe.ledger import SLOTS, check_identities, count_slots
 from wastenot.moe.rectify import Rectifier, own_experts
 from wastenot.moe.routing import DROPPED, FILLED, KEPT, RECTIFIED, SPARE, Routing
-from wastenot.moe.weights import combine_weights, stand_in_weights
+from wastenot.moe.weights import combine_weights, weights_with_stand_in
 from wastenot.parallel.apply import parallelize
 from wastenot.parallel.mesh import single
 
@@ -518,8 +518,7 @@ def test_equations_pass_gradcheck_with_constants_for_stopped_gradients(score, to
         experts_TK, slots_TK = routing.experts_TK, routing.slots_TK
 
         def library(z_TE: Tensor) -> Tensor:
-            log_p_TE = torch.nn.functional.logsigmoid(z_TE) if score == "sigmoid" else z_TE.log_softmax(-1)
-            return combine_weights(log_p_TE.gather(1, experts_TK), slots_TK, made.router)
+            return combine_weights(z_TE, experts_TK, slots_TK, made.router)
 
         assert torch.autograd.gradcheck(library, (logits_TE,))
 
@@ -527,15 +526,15 @@ def test_equations_pass_gradcheck_with_constants_for_stopped_gradients(score, to
 def test_a_lost_choice_of_any_probability_leaves_gradients_finite():
     """exp(log p - log of a sum without it) is infinite for a lost choice 200 nats above the survivors."""
     slots_TK, config = torch.tensor([[-1, 0]]), RouterConfig(top_k=2)
-    log_p_TK = torch.tensor([[-0.0, -200.0]], requires_grad=True)
-    weights_TK = combine_weights(log_p_TK, slots_TK, config)
+    logits_TE = torch.tensor([[0.0, -200.0, -250.0]], requires_grad=True)
+    weights_TK = combine_weights(logits_TE, torch.tensor([[0, 1]]), slots_TK, config)
     assert weights_TK.tolist() == [[0, 1]]
-    assert torch.autograd.grad(weights_TK.sum(), log_p_TK)[0].tolist() == [[0, 1]]
-    log_local_T = torch.tensor([-250.0], requires_grad=True)
-    weights_TK, weight_T = stand_in_weights(log_p_TK, log_local_T, slots_TK, torch.tensor([1]), config)
-    gradients = torch.autograd.grad(weights_TK.sum() + weight_T.sum(), (log_p_TK, log_local_T))
-    assert gradients[0].tolist() == [[0, 1]]
-    assert gradients[1].isfinite().all()
+    # Of log p of the survivor: 1; so of the logits, whose softmax is all expert 0.
+    assert torch.autograd.grad(weights_TK.sum(), logits_TE)[0].tolist() == [[-1, 1, 0]]
+    weights_TL = weights_with_stand_in(logits_TE, torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 1]]), config)
+    assert weights_TL.tolist() == [[0, 1, pytest.approx(0, abs=1e-20)]]
+    (gradient,) = torch.autograd.grad(weights_TL.sum(), logits_TE)
+    assert gradient.tolist() == [[-1, 1, pytest.approx(0, abs=1e-20)]]
 
 
 class NoHostData(TorchFunctionMode):

@@ -65,7 +65,9 @@ def weights(probs, chosen, slots, **config) -> torch.Tensor:
 
 
 def weights_of(probs_TE: torch.Tensor, chosen: list, slots: list, config: RouterConfig) -> torch.Tensor:
-    return combine_weights(probs_TE.gather(1, torch.tensor(chosen)).log(), torch.tensor(slots), config)
+    # By the sigmoid, each p is of its own logit alone.
+    config = replace(config, score="sigmoid")
+    return combine_weights(probs_TE.logit(), torch.tensor(chosen), torch.tensor(slots), config)
 
 
 def test_weights_normalise_over_survivors():
