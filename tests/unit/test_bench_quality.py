@@ -13,6 +13,7 @@ from wastenot.launch.config import DataConfig
 from wastenot.launch.corpus import prepare_files
 from wastenot.tools.bench import rectify_cells, rectify_quality
 from wastenot.tools.bench.rectify_cells import Cell, check, finished, grid, recipe, run_cell
+from wastenot.tools.bench.rectify_picture import draw_quality, draw_speed
 from wastenot.tools.bench.rectify_quality import at_rows, goals, summarise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,3 +113,20 @@ def test_an_unfinished_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     said: list[str] = []
     rectify_quality.run_all([cell], tmp_path, said.append)
     assert said == ["1 of 1 cells are there already"]
+
+
+def test_pictures_are_drawn_of_any_rows(tmp_path: Path) -> None:
+    quality = [
+        {"setting": s, "top_k": 1, "factor": f, "method": m, "gain": 0.1, "gain_se": None}
+        for s in ("upcycled", "scratch")
+        for f in (0.5, 1.0)
+        for m in ("IR", "both")
+    ]
+    speed = {"world": 2, "top_k": 1, "dispatch": "padded", "router": "skewed", "gini": 0.4, "method": "FR"}
+    speed |= {"vs_vanilla": 1.02, "vs_vanilla_quartiles": [1.03, 1.05]}
+    for draw, rows in ((draw_quality, quality), (draw_speed, [speed])):
+        picture = draw(rows, tmp_path / "picture.png")
+        assert picture is not None
+        assert picture.read_bytes()[:4] == b"\x89PNG"
+        assert draw([], tmp_path / "nothing.png") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]

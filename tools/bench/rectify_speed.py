@@ -24,6 +24,7 @@ from . import rectify_ranks, rectify_trace
 from .link import Link, NoLinkError, run_ranks_on, shaped_link
 from .rectify_cells import VOCABULARY
 from .rectify_contest import CAPACITY_FACTOR, Case, Contest
+from .rectify_picture import draw_speed
 from .report import Goal, Report, Row, at_most, environment
 
 FOLDER = Path("runs/rectify-speed")
@@ -118,6 +119,11 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
         notes=notes,
         headings=HEADINGS,
     )
+
+
+def draw(report: Report, path: Path) -> Path | None:
+    """Pictures the step times of `report` as PNG; None where that cannot be."""
+    return draw_speed(report.rows, path)
 
 
 def run_world(contest: Contest, world: int) -> tuple[list[Row], list[str]]:
