@@ -14,7 +14,8 @@ from wastenot.kernels.cross_entropy import linear_cross_entropy, vectorised
 from wastenot.kernels.dispatch import permute, reorder
 from wastenot.kernels.grouped_mm import grouped_swiglu
 from wastenot.kernels.norm import rms_norm
-from wastenot.kernels.route import assign, select
+from wastenot.kernels.route import assign, choose, select
+from wastenot.kernels.weigh import weigh
 
 FULL = os.environ.get("WASTENOT_GRID") == "full"
 examples = settings(max_examples=300 if FULL else 40, deadline=None)
@@ -274,3 +275,23 @@ def test_combine_keeps_its_dtype_under_autocast():
     plain = combine(rows, weights, position, source)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert combine(rows, weights, position, source).equal(plain)
+
+
+def test_reference_rows_and_weights_pass_gradcheck():
+    position_TK, source_R = rows_of(4, 2, 0, dropped=True, padding=2)
+    x_TD, rows_RD = draw(0, 4, 3).requires_grad_(), draw(1, source_R.numel(), 3).requires_grad_()
+    weights_TK = draw(2, 4, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: permute(x, source_R, position_TK, backend="reference"), x_TD)
+    assert torch.autograd.gradcheck(
+        lambda rows, weights: combine(rows, weights, position_TK, source_R, backend="reference"), (rows_RD, weights_TK)
+    )
+    logits_TE = draw(3, 4, 5).requires_grad_()
+    experts_TK, times_TK = torch.tensor([[0, 4, 2]] * 4), torch.tensor([[1, 0, 2], [1, 1, 0], [0, 0, 3], [0, 0, 0]])
+    for score in ("softmax", "sigmoid"):
+        # What is detached is a constant there: see tests/papers.
+        assert torch.autograd.gradcheck(
+            lambda z, score=score: weigh(z, experts_TK, times_TK, score, detach=False, always_counted=1), logits_TE
+        )
+        assert torch.autograd.gradcheck(
+            lambda z, score=score: choose(z, 2, score, backend="reference")[0].square(), logits_TE
+        )
