@@ -88,12 +88,12 @@ def place(
     tokens, num_experts = logits_TE.shape
     experts_TK, next_TJ = chosen_TK.split([config.top_k, config.num_choices - config.top_k], 1)
     capacity = None if dropless else capacity_of(config, tokens // blocks, num_experts)
-    if config.priority == "probability":
+    if config.priority == "probability" and capacity is not None:
         priority_T = priority_of(probs_TE)
     else:
         priority_T = torch.zeros(tokens, dtype=torch.int32, device=probs_TE.device)
     slots_TK, counts_BE = assign(experts_TK, priority_T, num_experts, blocks, capacity, backend)
-    weights_TK = combine_weights(logits_TE, experts_TK, slots_TK, config, backend)
+    weights_TK = combine_weights(logits_TE, experts_TK, None if capacity is None else slots_TK, config, backend)
     return Routing(
         experts_TK=experts_TK,
         weights_TK=weights_TK,

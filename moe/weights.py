@@ -10,15 +10,16 @@ from .config import RouterConfig
 
 
 def combine_weights(
-    logits_TE: Tensor, experts_TK: Tensor, slots_TK: Tensor, config: RouterConfig, backend: Backend = "auto"
+    logits_TE: Tensor, experts_TK: Tensor, slots_TK: Tensor | None, config: RouterConfig, backend: Backend = "auto"
 ) -> Tensor:
-    """The weight of each choice, 0 where it has no slot (R4); [T, K] with gradient to the logits.
+    """The weight of each choice, 0 where it has no slot (R4); [T, K] with gradient to the logits. None: all have one.
 
     `normalize: survivors` divides by the sum over choices that got a slot, `top_k` adds the router's own lost ones.
     For K = 1 the result is exactly 1 with the gradient of p.
     """
     always_counted = config.top_k if config.normalize == "top_k" else 0
-    return _weigh(logits_TE, experts_TK, (slots_TK >= 0).long(), always_counted, config, backend)
+    times_TK = None if slots_TK is None else (slots_TK >= 0).long()
+    return _weigh(logits_TE, experts_TK, times_TK, always_counted, config, backend)
 
 
 def weights_with_stand_in(
@@ -33,7 +34,12 @@ def weights_with_stand_in(
 
 
 def _weigh(
-    logits_TE: Tensor, experts_TK: Tensor, times_TK: Tensor, always_counted: int, config: RouterConfig, backend: Backend
+    logits_TE: Tensor,
+    experts_TK: Tensor,
+    times_TK: Tensor | None,
+    always_counted: int,
+    config: RouterConfig,
+    backend: Backend,
 ) -> Tensor:
     weights_TK = weigh(
         logits_TE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch.vectorised import gather_rows
+from ..dispatch.vectorised import gather_rows, sum_rows
 
 
 def weight_of_row(weights_TK: Tensor, position_TK: Tensor, num_rows: int) -> Tensor:
@@ -18,15 +18,9 @@ def weight_of_row(weights_TK: Tensor, position_TK: Tensor, num_rows: int) -> Ten
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_RD, weights_TK, position_TK, source_R, may_be_empty):
-        T, K = position_TK.shape
         ctx.save_for_backward(rows_RD, weights_TK, position_TK, source_R)
         ctx.may_be_empty = may_be_empty
-        rows_ND = gather_rows(rows_RD, position_TK, may_be_empty)
-        if K == 1:
-            return rows_ND.mul_(weights_TK).to(rows_RD.dtype)
-        if rows_ND.dtype == weights_TK.dtype:
-            return torch.bmm(weights_TK.unsqueeze(1), rows_ND.view(T, K, -1)).squeeze(1)
-        return (rows_ND.view(T, K, -1) * weights_TK.unsqueeze(-1)).sum(1).to(rows_RD.dtype)
+        return sum_rows(rows_RD, position_TK, may_be_empty, weights_TK)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -38,8 +32,12 @@ class _Combine(torch.autograd.Function):
             # The dot product of a row with its token's gradient, then back from row to choice.
             dots_R1 = (grad_of_row_RD * rows_RD).sum(-1, keepdim=True, dtype=weights_TK.dtype)
             grad_weights = gather_rows(dots_R1, position_TK, ctx.may_be_empty).view_as(weights_TK)
-        weight_R = weight_of_row(weights_TK, position_TK, rows_RD.size(0))
-        grad_rows = grad_of_row_RD.mul_(weight_R.unsqueeze(-1))
+        weight_R1 = weight_of_row(weights_TK, position_TK, rows_RD.size(0)).unsqueeze(-1)
+        if weight_R1.dtype == grad_TD.dtype or grad_TD.device.type != "cpu":
+            grad_rows = grad_of_row_RD.mul_(weight_R1)
+        else:
+            # Products of mixed dtypes are slow on CPU.
+            grad_rows = sum_rows(grad_TD, source_R.unsqueeze(-1), ctx.may_be_empty, weight_R1)
         return grad_rows, grad_weights, None, None, None
 
 

@@ -18,6 +18,37 @@ def gather_rows(rows_RD: Tensor, index: Tensor, may_be_empty: bool) -> Tensor:
     return spare_RD.index_select(0, torch.where(flat < 0, rows_RD.size(0), flat))
 
 
+def sum_rows(rows_RD: Tensor, index_TK: Tensor, may_be_empty: bool, weights_TK: Tensor | None = None) -> Tensor:
+    """y_t = sum over k of weights_TK[t, k] (or 1) * rows_RD[index_TK[t, k]], indices of -1 left out; [T, D].
+
+    Sums run in the order of k and in the wider of both dtypes; the result has that of the rows.
+    """
+    (T, K), D = index_TK.shape, rows_RD.size(1)
+    if K == 1 and weights_TK is None:
+        return gather_rows(rows_RD, index_TK, may_be_empty)
+    # A bag sums in fp32 at least; to leave choices out of it takes their number, which a traced tensor does not have.
+    wider = weights_TK is not None and weights_TK.dtype == torch.float64 != rows_RD.dtype
+    if rows_RD.device.type != "cpu" or wider or (may_be_empty and type(index_TK) is not Tensor):
+        gathered_TKD = gather_rows(rows_RD, index_TK, may_be_empty).view(T, K, D)
+        if weights_TK is None:
+            return gathered_TKD.sum(1)
+        return (gathered_TKD * weights_TK.unsqueeze(-1)).sum(1).to(rows_RD.dtype)
+    # On CPU a bag reads each row once and writes each sum once: no gathered copy of K rows a token.
+    if weights_TK is not None and weights_TK.dtype != rows_RD.dtype:
+        # A bag takes weights in the dtype of the rows: what rounding takes off goes in as further entries.
+        high_TK = weights_TK.to(rows_RD.dtype)
+        weights_TK = torch.cat([high_TK, (weights_TK - high_TK).to(rows_RD.dtype)], 1)
+        index_TK, K = index_TK.repeat(1, 2), 2 * K
+    flat, flat_weights = index_TK.reshape(-1), None if weights_TK is None else weights_TK.reshape(-1)
+    ends = torch.arange(0, T * K + 1, K)
+    if may_be_empty:
+        there_TK = index_TK >= 0
+        ends[1:] = there_TK.sum(1).cumsum(0)
+        there = there_TK.reshape(-1)
+        flat, flat_weights = flat[there], None if flat_weights is None else flat_weights[there]
+    return torch.embedding_bag(rows_RD, flat, ends, False, 0, False, flat_weights, include_last_offset=True)[0]
+
+
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, source_R: Tensor, position_TK: Tensor, may_be_empty: bool) -> Tensor:
@@ -29,15 +60,9 @@ class _Permute(torch.autograd.Function):
     def backward(ctx, *grads):
         (grad_RD,) = grads
         (position_TK,) = ctx.saved_tensors
-        T, K = position_TK.shape
         # Also a dropped choice has no row, so position may be -1 where source is never.
-        gathered = gather_rows(grad_RD, position_TK, ctx.may_be_empty or position_TK.numel() != grad_RD.size(0))
-        if K == 1:
-            return gathered, None, None, None
-        gathered_TKD = gathered.view(T, K, -1)
-        # Two are added in a third of the time that a sum over them takes on CPU.
-        grad_TD = torch.add(*gathered_TKD.unbind(1)) if K == 2 else gathered_TKD.sum(1)
-        return grad_TD, None, None, None
+        may_be_empty = ctx.may_be_empty or position_TK.numel() != grad_RD.size(0)
+        return sum_rows(grad_RD, position_TK, may_be_empty), None, None, None
 
 
 def permute(x_TD: Tensor, source_R: Tensor, position_TK: Tensor, may_be_empty: bool = True) -> Tensor:

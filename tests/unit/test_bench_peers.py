@@ -10,8 +10,8 @@ from wastenot.moe.config import ModelConfig, MoEConfig
 from wastenot.tools.bench import train
 from wastenot.tools.bench.cases import Case, cases, make_weights
 from wastenot.tools.bench.peers import megatron, roster
-from wastenot.tools.bench.peers.remote import RemoteStep
-from wastenot.tools.bench.peers.roster import ENTRIES, OURS, REFERENCE, LeftOut, start
+from wastenot.tools.bench.peers.remote import Remote
+from wastenot.tools.bench.peers.roster import ENTRIES, OURS, REFERENCE, Entry, LeftOut, make_step, start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,4 +109,4 @@ def test_megatron_outside_a_checkout_is_left_out_and_said_so(monkeypatch, tmp_pa
 
 def test_failure_in_another_process_is_told():
     with pytest.raises(RuntimeError, match="no_such_peer"):
-        RemoteStep("no_such_peer", tiny())
+        Remote("test", make_step, Entry(name="none", module="no_such_peer"), tiny())

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from wastenot.tools.bench import command, registry
-from wastenot.tools.bench.interleave import FEWEST_ROUNDS, interleave
+from wastenot.tools.bench.interleave import FEWEST_ROUNDS, Timings, interleave
 from wastenot.tools.bench.outside import is_inside, outside_share
 from wastenot.tools.bench.report import Report, at_least, at_most, environment
 
@@ -110,6 +110,12 @@ def test_ratio_survives_a_machine_that_slows_down_between_rounds():
     timings = interleave({"a": clock.contender("a", 1.0), "b": clock.contender("b", 3.0)}, rounds=6, warmup=0)
     assert timings.ratios("a", "b") == [3.0] * 6
     assert timings.ratio("b", "a") == pytest.approx(1 / 3)
+
+
+def test_quartiles_are_of_the_ratios_within_rounds():
+    timings = Timings({"a": [1.0, 2.0, 4.0], "b": [1.0, 4.0, 12.0]})
+    assert timings.ratio_quartiles("a", "b") == [1.5, 2.5]
+    assert Timings({"a": [1.0], "b": [3.0]}).ratio_quartiles("a", "b") is None
 
 
 def test_slow_machine_stops_early_but_not_before_the_fewest_rounds():

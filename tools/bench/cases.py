@@ -23,13 +23,17 @@ class Case:
 
     @property
     def router(self) -> RouterConfig:
-        """Mixtral's: softmax over the chosen experts, with gradients through that denominator."""
-        return RouterConfig(top_k=self.top_k, normalize="top_k", detach=False, balance_loss=0.0)
+        return mixtral_router(self.top_k)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of one step."""
         return self.batch * self.seq_len
+
+
+def mixtral_router(top_k: int) -> RouterConfig:
+    """Mixtral's: softmax over the chosen experts, with gradients through that denominator."""
+    return RouterConfig(top_k=top_k, normalize="top_k", detach=False, balance_loss=0.0)
 
 
 def cases(quick: bool) -> list[Case]:

@@ -30,6 +30,14 @@ class Timings:
         """Median over the rounds of `ratios`: noise that lasts longer than a round cancels within it."""
         return statistics.median(self.ratios(name, base))
 
+    def ratio_quartiles(self, name: str, base: str) -> list[float] | None:
+        """First and third quartile of `ratios`; None for a single round."""
+        ratios = self.ratios(name, base)
+        if len(ratios) < 2:
+            return None
+        first, _, third = statistics.quantiles(ratios, n=4, method="inclusive")
+        return [round(first, 4), round(third, 4)]
+
 
 def interleave(
     contenders: Mapping[str, Callable[[], float]],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 from collections.abc import Callable
 
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
+
+from .profiling import cpu_profile
 
 _STEP = "bench_step"
 _INSIDE = re.compile(
@@ -34,11 +35,9 @@ def outside_share(step: Callable[[], object], steps: int = 3) -> float:
     between the operators counts as outside, and so does what the profiler itself costs, so this is an upper
     bound.
     """
-    # Read when the profiler first starts: without it, it prints a line for every start and stop.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     shares = []
     for _ in range(steps):
-        with profile(activities=[ProfilerActivity.CPU]) as trace, record_function(_STEP):
+        with cpu_profile() as trace, record_function(_STEP):
             step()
         events = trace.key_averages()
         total = next(event.cpu_time_total for event in events if event.key == _STEP)

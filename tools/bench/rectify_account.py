@@ -6,15 +6,14 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...launch.metrics import MetricsWriter
 from ...launch.step import StepResult
@@ -31,23 +30,6 @@ from .rectify_contest import Case
 
 REPEATS = 20
 """Of the ledger's work in `ledger_seconds`."""
-
-
-@contextmanager
-def saved_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes of every storage that autograd keeps meanwhile, by address; not those of the weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        # The tensor itself would hold the graph that holds it.
-        return tensor.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield saved
 
 
 def rows_computed(routings: Sequence[Routing], padded: bool, mesh: Mesh) -> Tensor:
@@ -132,7 +114,7 @@ def make_row(
         "rounds": len(timings.seconds[method]),
         "step_seconds": seconds,
         "vs_vanilla": timings.ratio("vanilla", method),
-        "vs_vanilla_quartiles": _quartiles(timings.ratios("vanilla", method)),
+        "vs_vanilla_quartiles": timings.ratio_quartiles("vanilla", method),
         "vs_dropless": timings.ratio("dropless", method),
         "processor_seconds": most("processor_s"),
         "waited_seconds": most("waited_s"),
@@ -148,11 +130,3 @@ def make_row(
         "ledger_part": most("ledger_s") / seconds,
         "first_loss": first.loss,
     }
-
-
-def _quartiles(values: Sequence[float]) -> list[float] | None:
-    """First and third."""
-    if len(values) < 2:
-        return None
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return [round(first, 4), round(third, 4)]

@@ -37,7 +37,8 @@ from ...parallel.gradients import Gradients
 from ...parallel.mesh import Mesh, make_mesh, single
 from .interleave import interleave
 from .link import bytes_sent
-from .rectify_account import ledger_seconds, make_row, peak_resident_bytes, rows_computed, saved_for_backward
+from .memory import saved_for_backward
+from .rectify_account import ledger_seconds, make_row, peak_resident_bytes, rows_computed
 from .rectify_contest import Case, Contest, check_bytes, configure
 from .rectify_methods import METHODS, DisagreementError, Method, check_first_step
 

@@ -91,7 +91,7 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
         traces=record(top_ks, corpus),
         rounds=41,
         warmup=2,
-        budget_s=50 if quick else 42,
+        budget_s=50 if quick else 30,
     )
     rows: list[Row] = []
     notes = [

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 BENCHMARKS = {
     "train": "tokens/s of a training step against other MoE implementations",
     "parity": "the same losses and gradient norms at every (expert, data) layout",
+    "kernels": "the MoE layer alone, forward and backward, against other implementations and its floor",
     "rectify-quality": "held-out loss and accuracy with Rectify-Router, against vanilla and dropless",
     "rectify-speed": "step time, bytes and memory with Rectify-Router, on ranks over a shaped link",
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-import statistics
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -167,15 +166,8 @@ def _row(case: Case, it: Checked, timings: Timings, outside: Mapping[str, float]
     row["tokens_per_second"] = case.num_tokens / timings.median(name)
     if OURS in timings.seconds and name != OURS:
         row["wastenot_speedup"] = timings.ratio(OURS, name)
-        row["wastenot_speedup_quartiles"] = _quartiles(timings.ratios(OURS, name))
+        row["wastenot_speedup_quartiles"] = timings.ratio_quartiles(OURS, name)
     return row
-
-
-def _quartiles(values: list[float]) -> list[float] | None:
-    if len(values) < 2:
-        return None
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return [round(first, 3), round(third, 3)]
 
 
 def _goals(case: Case, checked: list[Checked], timings: Timings, outside: Mapping[str, float]) -> list[Goal]:

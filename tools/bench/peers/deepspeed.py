@@ -1,4 +1,4 @@
-"""DeepSpeed's MoE layer inside the decoder of transformers: only the expert layers differ from that peer.
+"""DeepSpeed's MoE layer, alone or inside the decoder of transformers: only the expert layers differ from that peer.
 
 Dropless (`drop_tokens=False`: capacity is the fullest expert's load, the others are padded to it) and without
 noise, which is the only setting in which it computes what the others compute.
@@ -7,12 +7,15 @@ noise, which is the only setting in which it computes what the others compute.
 from __future__ import annotations
 
 import os
-from typing import cast
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cases import Case, expert_stacks
+from ..layer_cases import LayerCase, LayerWeights
+from ..layer_step import PeerLayer, gradient_of
 from . import huggingface
 
 
@@ -32,7 +35,7 @@ class SwiGLU(nn.Module):
 class Layer(nn.Module):
     """DeepSpeed's MoE that answers with its output alone."""
 
-    def __init__(self, moe: nn.Module) -> None:
+    def __init__(self, moe: Any) -> None:
         super().__init__()
         self.moe = moe
 
@@ -42,28 +45,51 @@ class Layer(nn.Module):
 
 def build(case: Case, weights: dict[str, Tensor]) -> nn.Module:
     """The decoder of `case` with a DeepSpeed MoE in each layer."""
-    # Read at import: without it DeepSpeed warns that it had to find out itself.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from deepspeed.moe.layer import MoE
-
     shape = case.model.moe
     assert shape is not None
     decoder = huggingface.build(case, weights, experts="eager")
     for number, layer in enumerate(decoder.model.model.layers):
-        moe = MoE(
-            case.model.d_model,
-            SwiGLU(case.model.d_model, shape.d_expert),
-            num_experts=shape.experts,
-            k=case.top_k,
-            drop_tokens=False,
-            use_rts=False,
-            top2_2nd_expert_sampling=False,
-        )
-        gate_up_EGD, down_EDF = expert_stacks(weights, number, shape.experts)
-        state = {"gate.wg.weight": weights[f"model.layers.{number}.block_sparse_moe.gate.weight"]}
-        for expert in range(shape.experts):
-            state[f"experts.deepspeed_experts.{expert}.gate_up.weight"] = gate_up_EGD[expert]
-            state[f"experts.deepspeed_experts.{expert}.down.weight"] = down_EDF[expert]
-        moe.deepspeed_moe.load_state_dict(state)
-        cast(nn.Module, layer).mlp = Layer(moe)
+        gate_ED = weights[f"model.layers.{number}.block_sparse_moe.gate.weight"]
+        stacks = LayerWeights(gate_ED, *expert_stacks(weights, number, shape.experts))
+        cast(nn.Module, layer).mlp = _layer(stacks, case.top_k)
     return decoder
+
+
+def build_layer(case: LayerCase, weights: LayerWeights) -> PeerLayer:
+    """The layer of `case`."""
+    layer = _layer(weights, case.top_k)
+    moe = layer.moe.deepspeed_moe
+    experts = list(moe.experts.deepspeed_experts)
+
+    def gradients() -> LayerWeights:
+        return LayerWeights(
+            gradient_of(moe.gate.wg.weight),
+            torch.stack([gradient_of(expert.gate_up.weight) for expert in experts]),
+            torch.stack([gradient_of(expert.down.weight) for expert in experts]),
+        )
+
+    return PeerLayer(layer, lambda x_TD: layer(x_TD.unsqueeze(0)).squeeze(0), gradients)
+
+
+def _layer(weights: LayerWeights, top_k: int) -> Layer:
+    """With `weights`, in their dtype."""
+    # Read at import: without it DeepSpeed warns that it had to find out itself.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.moe.layer import MoE
+
+    num_experts, d_model, d_expert = weights.down_EDF.shape
+    moe = MoE(
+        d_model,
+        SwiGLU(d_model, d_expert),
+        num_experts=num_experts,
+        k=top_k,
+        drop_tokens=False,
+        use_rts=False,
+        top2_2nd_expert_sampling=False,
+    ).to(weights.down_EDF.dtype)
+    state = {"gate.wg.weight": weights.gate_ED}
+    for expert in range(num_experts):
+        state[f"experts.deepspeed_experts.{expert}.gate_up.weight"] = weights.gate_up_E2FD[expert]
+        state[f"experts.deepspeed_experts.{expert}.down.weight"] = weights.down_EDF[expert]
+    moe.deepspeed_moe.load_state_dict(state)
+    return Layer(moe)

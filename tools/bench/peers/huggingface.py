@@ -1,4 +1,4 @@
-"""Hugging Face transformers' Mixtral, with its own choice of expert implementations."""
+"""Hugging Face transformers' Mixtral and its MoE block, with its own choice of expert implementations."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from ..cases import Case, expert_stacks
+from ..layer_cases import LayerCase, LayerWeights
+from ..layer_step import PeerLayer, whole
 from ..step import token_loss
 
 
@@ -33,6 +36,20 @@ def build(case: Case, weights: dict[str, Tensor], *, experts: str) -> Mixtral:
         state[f"model.layers.{layer}.mlp.experts.down_proj"] = down_EDF
     model.load_state_dict(state)
     return Mixtral(model)
+
+
+def build_layer(case: LayerCase, weights: LayerWeights, *, experts: str) -> PeerLayer:
+    """The MoE block of `case` with `experts` as in `build`."""
+    config = MixtralConfig(
+        hidden_size=case.d_model,
+        intermediate_size=case.d_expert,
+        num_experts_per_tok=case.top_k,
+        num_local_experts=case.experts,
+    )
+    config._experts_implementation = experts
+    block: Any = MixtralSparseMoeBlock(config).to(case.torch_dtype)
+    parameters = block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj
+    return PeerLayer(block, lambda x_TD: block(x_TD.unsqueeze(0)).squeeze(0), whole(parameters, weights))
 
 
 def _config(case: Case, **more: Any) -> MixtralConfig:

@@ -1,4 +1,4 @@
-"""Megatron-Core's GPTModel from its local layer specification, on CPU.
+"""Megatron-Core's GPTModel from its local layer specification, and its MoE layer alone, on CPU.
 
 It runs through `tests/megatron_cpu_shim.py`, which patches torch for the whole process: build it in a process
 of its own (see remote.py). Expert and activation fusions that need CUDA are off.
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cases import Case, expert_stacks
+from ..layer_cases import LayerCase, LayerWeights
+from ..layer_step import PeerLayer, gradient_of
 from ..step import token_loss
 
 SHIM = Path(__file__).parents[3] / "tests" / "megatron_cpu_shim.py"
@@ -41,45 +43,24 @@ def missing() -> str:
 
 def build(case: Case, weights: dict[str, Tensor]) -> Megatron:
     """The decoder of `case`. Patches this process for good, and starts a process group of one."""
-    shim = _load_shim()
-    shim.install()
-    from megatron.core import parallel_state, tensor_parallel
+    shim = _start()
+    from megatron.core import tensor_parallel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
-    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
     shape = case.model.moe
     assert shape is not None
-    config = TransformerConfig(
+    config = _config(
+        torch.float32,
         num_layers=case.model.layers,
         hidden_size=case.model.d_model,
         num_attention_heads=case.model.heads,
         num_query_groups=case.model.num_kv_heads,
         kv_channels=case.model.head_width,
         ffn_hidden_size=shape.d_expert,
-        moe_ffn_hidden_size=shape.d_expert,
         num_moe_experts=shape.experts,
         moe_router_topk=case.top_k,
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="alltoall",
-        normalization="RMSNorm",
         layernorm_epsilon=case.model.norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        params_dtype=torch.float32,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        apply_rope_fusion=False,
     )
     with shim.devices_on_cpu():
         tensor_parallel.model_parallel_cuda_manual_seed(case.seed)
@@ -92,11 +73,89 @@ def build(case: Case, weights: dict[str, Tensor]) -> Megatron:
             rotary_base=int(case.model.rope_theta),
             share_embeddings_and_output_weights=False,
         )
-    # Strict but for the empty extra states that Megatron adds beside each linear layer.
-    found = model.load_state_dict(_state(case, weights), strict=False)
+    _load(model, _state(case, weights))
+    return Megatron(model, case.batch, case.seq_len)
+
+
+def build_layer(case: LayerCase, weights: LayerWeights) -> PeerLayer:
+    """The layer of `case`; its gate computes in fp32 as Megatron advises. Patches and starts as `build` does."""
+    shim = _start()
+    from megatron.core import tensor_parallel
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+
+    config = _config(
+        case.torch_dtype,
+        num_layers=1,
+        hidden_size=case.d_model,
+        num_attention_heads=1,
+        ffn_hidden_size=case.d_expert,
+        num_moe_experts=case.experts,
+        moe_router_topk=case.top_k,
+        moe_router_dtype="fp32",
+    )
+    spec: Any = get_moe_module_spec(use_te=False, num_experts=case.experts, moe_grouped_gemm=False)
+    with shim.devices_on_cpu():
+        tensor_parallel.model_parallel_cuda_manual_seed(case.seed)
+        layer = spec.module(config, spec.submodules)
+    state = {"router.weight": weights.gate_ED}
+    _load(layer, state | _expert_state("experts", weights.gate_up_E2FD, weights.down_EDF))
+    experts = list(layer.experts.local_experts)
+
+    def gradients() -> LayerWeights:
+        return LayerWeights(
+            gradient_of(layer.router.weight),
+            torch.stack([gradient_of(expert.linear_fc1.weight) for expert in experts]),
+            torch.stack([gradient_of(expert.linear_fc2.weight) for expert in experts]),
+        )
+
+    # Sequence first.
+    return PeerLayer(layer, lambda x_TD: layer(x_TD.unsqueeze(1))[0].squeeze(1), gradients)
+
+
+def _start() -> Any:
+    """Patches this process, and starts a process group of one; gives the shim."""
+    shim = _load_shim()
+    shim.install()
+    from megatron.core import parallel_state
+
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    return shim
+
+
+def _config(dtype: torch.dtype, **shape: Any) -> Any:
+    """Megatron's configuration of `shape`: dropless, SwiGLU experts, no fusion that needs CUDA."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        **shape,
+        moe_ffn_hidden_size=shape["ffn_hidden_size"],
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="alltoall",
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _load(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Strict but for the empty extra states that Megatron adds beside each linear layer."""
+    found = module.load_state_dict(state, strict=False)
     wrong = found.unexpected_keys + [name for name in found.missing_keys if not name.endswith("_extra_state")]
     assert not wrong, f"Megatron-Core names its weights otherwise than this peer expects: {wrong}"
-    return Megatron(model, case.batch, case.seq_len)
 
 
 def _load_shim() -> Any:
@@ -124,11 +183,15 @@ def _state(case: Case, weights: dict[str, Tensor]) -> dict[str, Tensor]:
             f"{theirs}.pre_mlp_layernorm.weight": weights[f"{ours}.post_attention_layernorm.weight"],
             f"{theirs}.mlp.router.weight": weights[f"{ours}.block_sparse_moe.gate.weight"],
         }
-        gate_up_EGD, down_EDF = expert_stacks(weights, number, shape.experts)
-        for expert in range(shape.experts):
-            name = f"{theirs}.mlp.experts.local_experts.{expert}"
-            state[f"{name}.linear_fc1.weight"] = gate_up_EGD[expert]
-            state[f"{name}.linear_fc2.weight"] = down_EDF[expert]
+        state |= _expert_state(f"{theirs}.mlp.experts", *expert_stacks(weights, number, shape.experts))
+    return state
+
+
+def _expert_state(name: str, gate_up_E2FD: Tensor, down_EDF: Tensor) -> dict[str, Tensor]:
+    state = {}
+    for expert, (gate_up_2FD, down_DF) in enumerate(zip(gate_up_E2FD, down_EDF, strict=True)):
+        state[f"{name}.local_experts.{expert}.linear_fc1.weight"] = gate_up_2FD
+        state[f"{name}.local_experts.{expert}.linear_fc2.weight"] = down_DF
     return state
 
 

@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import os
 import traceback
 import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
-from ..cases import Case, make_batch, make_weights
 from ..machine import use_the_machine
-from ..step import TrainingStep
 
 
-class RemoteStep:
-    """TrainingStep of the peer module `module`, in another process; idle between rounds."""
+class Remote:
+    """The contender that `make(*arguments)` builds, in another process; idle between rounds."""
 
-    def __init__(self, module: str, case: Case) -> None:
+    def __init__(self, name: str, make: Callable[..., Any], *arguments: Any) -> None:
+        """`make` is a function of a module, and `arguments` can be pickled. Raises RuntimeError where it fails."""
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(
             target=_serve,
-            args=(theirs, module, case, torch.get_num_threads()),
-            name=f"bench-{module}",
+            args=(theirs, make, arguments, torch.get_num_threads()),
+            name=f"bench-{name}",
             daemon=True,
         )
         self.process.start()
         theirs.close()
         self._answer()
 
-    def probe(self) -> tuple[float, float]:
-        """Loss and gradient norm of the first batch; leaves the weights alone."""
+    def probe(self) -> Any:
+        """What the contender's `probe` answers there."""
         return self._ask("probe")
 
-    def run(self) -> float:
-        """Does one step there and returns its seconds, measured there."""
-        return self._ask("run")
+    def run(self, *arguments: Any) -> float:
+        """Does one round there and returns its seconds, measured there."""
+        return self._ask("run", *arguments)
 
     def close(self) -> None:
         """Ends the process."""
@@ -48,11 +48,11 @@ class RemoteStep:
             self.process.kill()
             self.process.join()
 
-    def _ask(self, what: str):
-        self.pipe.send(what)
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        self.pipe.send((method, arguments))
         return self._answer()
 
-    def _answer(self):
+    def _answer(self) -> Any:
         try:
             answer, error = self.pipe.recv()
         except EOFError:
@@ -64,18 +64,17 @@ class RemoteStep:
         return answer
 
 
-def _serve(pipe: Connection, module: str, case: Case, threads: int) -> None:
+def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...], threads: int) -> None:
     # The parent's standard output belongs to the report.
     os.dup2(2, 1)
     warnings.simplefilter("ignore")  # about CUDA libraries that a CPU does not have
     use_the_machine(threads)
     try:
-        peer = importlib.import_module(f".{module}", __package__)
-        step = TrainingStep(peer.build(case, make_weights(case)), *make_batch(case))
+        contender = make(*arguments)
         pipe.send((None, ""))
         while True:
-            answer = getattr(step, pipe.recv())()
-            pipe.send((answer, ""))
+            method, more = pipe.recv()
+            pipe.send((getattr(contender, method)(*more), ""))
     except EOFError:
         pass
     except Exception:

@@ -6,11 +6,12 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Protocol
 
 from ..cases import Case, make_batch, make_weights
 from ..step import TrainingStep
-from .remote import RemoteStep
+from .remote import Remote
 
 
 class Contender(Protocol):
@@ -45,7 +46,11 @@ class Entry:
     package: str = ""
     """Package it needs, as it is imported ..."""
     distribution: str = ""
-    """... and as it is installed."""
+    """... and as it is installed ..."""
+    pip: str = "'wastenot[bench]'"
+    """... by what pip is told."""
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    """In which it computes what it is asked to."""
     own_process: bool = False
     """It patches the process it runs in."""
     in_profile: bool = False
@@ -87,12 +92,27 @@ ENTRIES = (
 
 def start(entry: Entry, case: Case) -> Contender:
     """The contender with the weights and the batch of `case`. Raises LeftOut where it cannot run here."""
+    check_installed(entry)
+    if entry.own_process:
+        return Remote(entry.module, make_step, entry, case)
+    return make_step(entry, case)
+
+
+def make_step(entry: Entry, case: Case) -> TrainingStep:
+    """The contender, in this process."""
+    return TrainingStep(peer_of(entry).build(case, make_weights(case), **entry.options), *make_batch(case))
+
+
+def peer_of(entry: Entry) -> ModuleType:
+    """The file that builds `entry`, imported."""
+    return importlib.import_module(f".{entry.module}", __package__)
+
+
+def check_installed(entry: Entry) -> None:
+    """Raises LeftOut where this installation lacks what `entry` needs."""
     if entry.package and importlib.util.find_spec(entry.package) is None:
-        raise LeftOut(f"{entry.distribution} is not installed: pip install 'wastenot[bench]'")
-    peer = importlib.import_module(f".{entry.module}", __package__)
+        raise LeftOut(f"{entry.distribution} is not installed: pip install {entry.pip}")
+    peer = peer_of(entry)
     reason = peer.missing() if hasattr(peer, "missing") else ""
     if reason:
         raise LeftOut(reason)
-    if entry.own_process:
-        return RemoteStep(entry.module, case)
-    return TrainingStep(peer.build(case, make_weights(case), **entry.options), *make_batch(case))
