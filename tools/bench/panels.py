@@ -1,4 +1,4 @@
-"""Pictures of benchmarks: panels side by side that share their vertical axis."""
+"""Pictures of benchmarks: panels side by side."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ STYLES = {"IR": ("#ccbb44", "o"), "FR": ("#228833", "s"), "both": ("#aa3377", "D
 """Colour and marker of each method of rectification beside vanilla."""
 
 
-def draw_panels(path: Path, panels: Mapping[str, Callable[[Any], None]], label: str, width: float = 3.6) -> Path | None:
+def draw_panels(
+    path: Path, panels: Mapping[str, Callable[[Any], None]], label: str, width: float = 3.6, same_scale: bool = False
+) -> Path | None:
     """Writes `path` as PNG, a panel for each title of `panels`, which draws on its axes; None without matplotlib.
 
-    label: of the vertical axis; width: of a panel, in inches. Raises UserError where the file cannot be written.
+    label: of the vertical axis; width: of a panel, in inches; same_scale: one vertical axis for all. Raises UserError
+    where the file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,7 +29,7 @@ def draw_panels(path: Path, panels: Mapping[str, Callable[[Any], None]], label: 
         return None
     figure = Figure(figsize=(width * len(panels) + 0.6, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    all_axes = figure.subplots(1, len(panels), sharey=same_scale, squeeze=False)[0]
     for axes, (title, draw) in zip(all_axes, panels.items(), strict=True):
         draw(axes)
         axes.set_title(title, loc="left", fontsize=10)

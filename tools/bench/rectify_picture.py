@@ -42,7 +42,7 @@ def draw_speed(rows: Sequence[Row], path: Path) -> Path | None:
         f"{world} ranks, top-{top_k}": partial(_times, [r for r in rows if (r["world"], r["top_k"]) == (world, top_k)])
         for world, top_k in groups
     }
-    return draw_panels(path, panels, "step time / vanilla's", width=4.8)
+    return draw_panels(path, panels, "step time / vanilla's", width=4.8, same_scale=True)
 
 
 def _times(rows: Sequence[Row], axes: Any) -> None:
