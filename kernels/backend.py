@@ -19,7 +19,6 @@ Backend = Literal["auto", "triton", "torch", "reference"]
 Implementation = Literal["triton", "torch", "reference"]
 
 
-@torch.compiler.assume_constant_result
 def implementation(backend: Backend, device: torch.device) -> Implementation:
     """What runs on `device` where `backend` is asked for.
 
@@ -38,6 +37,10 @@ def implementation(backend: Backend, device: torch.device) -> Implementation:
                 "TRITON_INTERPRET=1 to have Triton's interpreter, which is slow"
             )
     return backend
+
+
+# What `torch.compiler.assume_constant_result` does, without its import of the compiler, which takes a second.
+implementation._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @functools.cache

@@ -101,6 +101,17 @@ def test_kernels_is_no_package_of_its_own() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_a_model_is_built_without_the_compiler_and_without_triton() -> None:
+    """Both take seconds to import; the second also decides, when it is imported, whether kernels are interpreted."""
+    code = (
+        "import sys\n"
+        "import wastenot.launch.trainer, wastenot.moe.mixture\n"
+        "assert not {'triton', 'torch._dynamo'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_configurations_load_without_torch() -> None:
     code = (
         "import importlib, sys\n"
