@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,3 +134,35 @@ def test_pictures_are_drawn_of_any_rows(tmp_path: Path) -> None:
         assert picture.read_bytes()[:4] == b"\x89PNG"
         assert draw([], tmp_path / "nothing.png") is None
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
+ORPHANS = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from wastenot.tools.bench.machine import end_with_parent
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_benchmark_that_was_killed(tmp_path: Path) -> None:
+    """Left behind, they would go on with their cells, beside those of the next start."""
+    (tmp_path / "orphans.py").write_text(ORPHANS)
+    with subprocess.Popen([sys.executable, tmp_path / "orphans.py"], stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        worker = int(started.stdout.readline())
+        started.kill()
+    for _ in range(200):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{worker}/stat").exists() and " Z " in Path(f"/proc/{worker}/stat").read_text():
+            return  # ended, and not yet collected by whoever inherited it
+        time.sleep(0.05)
+    raise AssertionError("the worker lives on")

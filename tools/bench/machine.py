@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
+
 import torch
 
 from ...launch import cores
@@ -15,3 +19,15 @@ def use_the_machine(threads: int | None = None) -> None:
     """
     torch.set_num_threads(threads or cores.threads(cores.physical_cores(), sharing=1))
     keep_freed_memory()
+
+
+def end_with_parent() -> None:
+    """Ends this worker of a pool when the process that started it is gone: killed, it could not tell its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

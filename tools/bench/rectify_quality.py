@@ -20,6 +20,7 @@ from ...launch.config import DataConfig
 from ...launch.corpus import prepare
 from ...launch.errors import UserError
 from . import rectify_real
+from .machine import end_with_parent
 from .rectify_cells import VOCABULARY, Cell, check, finished, grid, run_cell
 from .rectify_methods import METHODS
 from .rectify_picture import draw_quality
@@ -110,7 +111,7 @@ def run_all(cells: Sequence[Cell], corpus: Path, say: Callable[[str], None]) -> 
         if not todo:
             continue
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers(), mp_context=context) as pool:
+        with ProcessPoolExecutor(workers(), mp_context=context, initializer=end_with_parent) as pool:
             futures = {pool.submit(run_cell, cell, FOLDER, corpus): cell for cell in todo}
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
