@@ -38,8 +38,8 @@ class _Product(torch.autograd.Function):
 class _SwiGLUDown(torch.autograd.Function):
     """silu(gate) * up, and its product with the down matrices.
 
-    Saves gate, up and silu(gate) side by side no longer: halves of wider rows are slow to read. What it saves is freed
-    before the gradients of the gate and up matrices are made, which is why that product is another function.
+    Saves gate, up and silu(gate), each by itself: halves of wider rows are slow to read. They are freed before the
+    gradient of the gate and up matrices is made, which is why that product is a function of its own.
     """
 
     @staticmethod
