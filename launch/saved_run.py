@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..kernels.backend import implementation
 from ..moe.config import EmulateConfig, RouterConfig
 from ..moe.decoder import Decoder
 from ..parallel.apply import parallelize
@@ -31,7 +32,7 @@ class SavedRun:
 
     folder: RunFolder
     config: TrainConfig
-    """As the run used it, the vocabulary filled in."""
+    """As the run used it, the vocabulary filled in; `kernels: auto` where the run's cannot run here."""
     checkpoint: Path
     step: int
     model: Decoder
@@ -52,6 +53,11 @@ def open_run(path: Path | str, step: int | None = None) -> SavedRun:
     tokenizer = load_tokenizer(folder.tokenizer)
     config = replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size))
     mesh = single(pick_device(Rank()))
+    try:
+        implementation(config.kernels, mesh.device)
+    except ValueError:
+        # They say how to compute, not what: a model that a GPU trained is of use on a laptop.
+        config = replace(config, kernels="auto")
     checkpoint = find_checkpoint(folder, step)
     try:
         manifest = read_manifest(checkpoint)

@@ -110,11 +110,14 @@ class Dispatcher:
             num_rows = slots_TK.numel()
         else:
             num_rows = int(counts_EB.sum())
-        position_TK, source_N = _rows(experts_TK, slots_TK, counts_EB, num_rows)
         dropless = routing.capacity is None
+        if dropless:
+            position_TK, source_N = _all_rows(experts_TK, slots_TK, counts_EB)
+        else:
+            position_TK, source_N = _rows(experts_TK, slots_TK, counts_EB, num_rows)
         axis = self.mesh.expert
         if axis.group is None:
-            offsets_e = counts_EB.sum(1).cumsum(0).to(torch.int32)
+            offsets_e = counts_EB.sum(1).cumsum(0, dtype=torch.int32)
             splits = Splits([source_N.numel()], [source_N.numel()])
             return DispatchHandle(position_TK, source_N, not dropless, splits, None, None, offsets_e, weights_TK, local)
         counts_E = counts_EB.sum(1)
@@ -135,7 +138,7 @@ class Dispatcher:
         order_R = expert_R.argsort(stable=True)
         inverse_R = torch.empty_like(order_R)
         inverse_R[order_R] = torch.arange(order_R.numel(), device=device)
-        offsets_e = counts_Ge.sum(0).cumsum(0).to(torch.int32)
+        offsets_e = counts_Ge.sum(0).cumsum(0, dtype=torch.int32)
         return DispatchHandle(
             position_TK, source_N, not dropless, splits, order_R, inverse_R, offsets_e, weights_TK, local
         )
@@ -154,7 +157,7 @@ class Dispatcher:
         else:
             num_rows = stand_ins.bound * routing.num_blocks
         position_T1, source_L = _rows(expert_T1, stand_ins.slots_T.unsqueeze(1), counts_eB, num_rows)
-        offsets_e = counts_eB.sum(1).cumsum(0).to(torch.int32)
+        offsets_e = counts_eB.sum(1).cumsum(0, dtype=torch.int32)
         if stand_ins.bound is not None:
             offsets_e[-1] = num_rows  # empty rows go to the last expert, which makes nothing of them
         return LocalRows(position_T1, source_L, offsets_e, stand_ins.weight_T.unsqueeze(1))
@@ -202,6 +205,19 @@ def _with_stand_ins(routing: Routing, stand_ins: StandIns) -> tuple[Tensor, Tens
         torch.cat([routing.weights_TK, stand_ins.weight_T.unsqueeze(1)], 1),
         routing.counts_BE + stand_ins.counts_BE,
     )
+
+
+def _all_rows(experts_TK: Tensor, slots_TK: Tensor, counts_EB: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_rows` where every choice has a slot: rows and choices are a permutation of each other."""
+    T, K = slots_TK.shape
+    start_EB = counts_EB.reshape(-1).cumsum(0).sub_(counts_EB.reshape(-1)).view_as(counts_EB)
+    if counts_EB.size(1) == 1:
+        first_TK = start_EB.view(-1)[experts_TK]
+    else:
+        first_TK = start_EB[experts_TK, block_of(T, counts_EB.size(1), slots_TK.device).unsqueeze(1)]
+    position_TK = first_TK.add_(slots_TK)
+    token_N = torch.arange(T * K, device=slots_TK.device).div_(K, rounding_mode="floor")
+    return position_TK, torch.empty_like(token_N).scatter_(0, position_TK.view(-1), token_N)
 
 
 def _rows(experts_TK: Tensor, slots_TK: Tensor, counts_EB: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ TopKRouter   a gate and `route`
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 
 import torch
@@ -57,13 +58,18 @@ def route(
     if logits_TE.size(0) % blocks:
         tokens, nearest = logits_TE.size(0), nearest_divisor(logits_TE.size(0), blocks)
         raise ValueError(f"{tokens} tokens cannot be cut into {blocks} emulated ranks; use {nearest}")
-    with torch.autocast(logits_TE.device.type, enabled=False):
+    with _full_precision(logits_TE.device.type):
         logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
         scores_TE, chosen_TK = choose(
             logits_TE, config.num_choices, config.score, config.groups, config.top_groups, bias_E, backend
         )
         probs_TE = probabilities(scores_TE, config.score)
         return place(chosen_TK, logits_TE, probs_TE, config, blocks, dropless, backend)
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Lifts autocast where there is one: entering the other is most of what it costs."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def probabilities(scores_TE: Tensor, score: Score) -> Tensor:
@@ -86,11 +92,14 @@ def place(
     logits_TE, probs_TE: fp32 or wider.
     """
     tokens, num_experts = logits_TE.shape
-    experts_TK, next_TJ = chosen_TK.split([config.top_k, config.num_choices - config.top_k], 1)
+    experts_TK, next_TJ = chosen_TK, None
+    if config.num_choices > config.top_k:
+        experts_TK, next_TJ = chosen_TK.tensor_split([config.top_k], 1)
     capacity = None if dropless else capacity_of(config, tokens // blocks, num_experts)
-    if config.priority == "probability" and capacity is not None:
+    priority_T = None
+    if capacity is not None and config.priority == "probability":
         priority_T = priority_of(probs_TE)
-    else:
+    elif capacity is not None:
         priority_T = torch.zeros(tokens, dtype=torch.int32, device=probs_TE.device)
     slots_TK, counts_BE = assign(experts_TK, priority_T, num_experts, blocks, capacity, backend)
     weights_TK = combine_weights(logits_TE, experts_TK, None if capacity is None else slots_TK, config, backend)
@@ -103,7 +112,7 @@ def place(
         logits_TE=logits_TE,
         probs_TE=probs_TE,
         top_k=config.top_k,
-        next_TJ=next_TJ if next_TJ.size(1) else None,
+        next_TJ=next_TJ,
         priority_T=priority_T,
     )
 
@@ -128,6 +137,8 @@ class TopKRouter(nn.Module):
         if self.training and self.config.jitter > 0:
             noise = torch.empty_like(x_TD).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
             x_TD = x_TD * noise
+        if blocks == 1:
+            return F.linear(x_TD, weight)
         return torch.cat([F.linear(block, weight) for block in x_TD.chunk(blocks)])
 
     def forward(self, x_TD: Tensor, blocks: int = 1, dropless: bool = False) -> Routing:
@@ -135,7 +146,7 @@ class TopKRouter(nn.Module):
 
         `dropless` lifts the capacity: generation, where a token must not depend on its neighbours.
         """
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with _full_precision(x_TD.device.type):
             logits_TE = self.logits(x_TD, blocks)
         return route(logits_TE, self.config, blocks, dropless, self.bias_E, self.backend)
 

@@ -55,7 +55,7 @@ class Routing:
     next_TJ: Tensor | None = None
     """int64: the next-best experts beyond the choices, best first; what fill-in draws from."""
     priority_T: Tensor | None = None
-    """int32: who gets a slot first (R3)."""
+    """int32: who gets a slot first (R3); None: there is one for everybody."""
     stand_ins: StandIns | None = None
 
     @property

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_FEW = 2**18
+"""Elements."""
+
 
 def gather_rows(rows_RD: Tensor, index: Tensor, may_be_empty: bool) -> Tensor:
     """rows_RD at `index` (any shape, flattened), zero where the index is -1 (only if `may_be_empty`)."""
@@ -34,8 +37,12 @@ def sum_rows(rows_RD: Tensor, index_TK: Tensor, may_be_empty: bool, weights_TK: 
             return gathered_TKD.sum(1)
         return (gathered_TKD * weights_TK.unsqueeze(-1)).sum(1).to(rows_RD.dtype)
     # On CPU a bag reads each row once and writes each sum once: no gathered copy of K rows a token.
-    if weights_TK is not None and weights_TK.dtype != rows_RD.dtype:
-        # A bag takes weights in the dtype of the rows: what rounding takes off goes in as further entries.
+    # A bag takes weights in the dtype of the rows: few rows are widened, else what rounding takes off the weights goes
+    # in as further entries.
+    dtype, mixed = rows_RD.dtype, weights_TK is not None and weights_TK.dtype != rows_RD.dtype
+    if mixed and rows_RD.numel() <= _FEW:
+        rows_RD = rows_RD.to(weights_TK.dtype)
+    elif mixed:
         high_TK = weights_TK.to(rows_RD.dtype)
         weights_TK = torch.cat([high_TK, (weights_TK - high_TK).to(rows_RD.dtype)], 1)
         index_TK, K = index_TK.repeat(1, 2), 2 * K
@@ -46,7 +53,8 @@ def sum_rows(rows_RD: Tensor, index_TK: Tensor, may_be_empty: bool, weights_TK: 
         ends[1:] = there_TK.sum(1).cumsum(0)
         there = there_TK.reshape(-1)
         flat, flat_weights = flat[there], None if flat_weights is None else flat_weights[there]
-    return torch.embedding_bag(rows_RD, flat, ends, False, 0, False, flat_weights, include_last_offset=True)[0]
+    summed_TD = torch.embedding_bag(rows_RD, flat, ends, False, 0, False, flat_weights, include_last_offset=True)[0]
+    return summed_TD.to(dtype)
 
 
 class _Permute(torch.autograd.Function):

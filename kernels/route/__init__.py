@@ -53,7 +53,7 @@ def select(scores_TE: Tensor, k: int, groups: int = 1, top_groups: int = 1, back
 @torch.no_grad()
 def assign(
     experts_TK: Tensor,
-    priority_T: Tensor,
+    priority_T: Tensor | None,
     num_experts: int,
     blocks: int = 1,
     capacity: int | None = None,
@@ -61,11 +61,18 @@ def assign(
 ) -> tuple[Tensor, Tensor]:
     """Slots int64 [T, K] (-1: dropped) and slots taken int64 [blocks, E]; see `naive.assign`.
 
-    Without a capacity the order inside a queue carries no meaning and back ends may differ in it.
+    Without a capacity nobody waits: the order inside a queue carries no meaning, back ends may differ in it, and
+    `priority_T` is not needed.
     """
     found = implementation(backend, experts_TK.device)
+    if found == "torch" and capacity is None:
+        return vectorised.assign_all(experts_TK, num_experts, blocks)
+    if priority_T is None:
+        priority_T = torch.zeros(experts_TK.size(0), dtype=torch.int32, device=experts_TK.device)
     if found == "triton":
         from . import kernel
 
         return kernel.assign(experts_TK, priority_T, num_experts, blocks, capacity)
-    return (naive if found == "reference" else vectorised).assign(experts_TK, priority_T, num_experts, blocks, capacity)
+    if found == "torch" and capacity is not None:
+        return vectorised.assign(experts_TK, priority_T, num_experts, blocks, capacity)
+    return naive.assign(experts_TK, priority_T, num_experts, blocks, capacity)

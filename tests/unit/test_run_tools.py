@@ -158,6 +158,14 @@ def test_a_step_saved_again_is_the_later_one(run: Path) -> None:
     assert open_run(run, 1).checkpoint.name == "step-00000001-2"
 
 
+def test_kernels_that_cannot_run_here_give_way(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wastenot.kernels.backend.interpreted", lambda: False)
+    config = (run / "config.yaml").read_text()
+    assert "kernels: auto" in config
+    (run / "config.yaml").write_text(config.replace("kernels: auto", "kernels: triton"))
+    assert open_run(run).config.kernels == ("triton" if torch.cuda.is_available() else "auto")
+
+
 def test_eval_gives_the_figures_of_the_library(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = answer(capsys, "eval", made)
     saved = open_run(made)
