@@ -39,13 +39,14 @@ def sum_rows(rows_RD: Tensor, index_TK: Tensor, may_be_empty: bool, weights_TK: 
     # On CPU a bag reads each row once and writes each sum once: no gathered copy of K rows a token.
     # A bag takes weights in the dtype of the rows: few rows are widened, else what rounding takes off the weights goes
     # in as further entries.
-    dtype, mixed = rows_RD.dtype, weights_TK is not None and weights_TK.dtype != rows_RD.dtype
-    if mixed and rows_RD.numel() <= _FEW:
-        rows_RD = rows_RD.to(weights_TK.dtype)
-    elif mixed:
-        high_TK = weights_TK.to(rows_RD.dtype)
-        weights_TK = torch.cat([high_TK, (weights_TK - high_TK).to(rows_RD.dtype)], 1)
-        index_TK, K = index_TK.repeat(1, 2), 2 * K
+    dtype = rows_RD.dtype
+    if weights_TK is not None and weights_TK.dtype != dtype:
+        if rows_RD.numel() <= _FEW:
+            rows_RD = rows_RD.to(weights_TK.dtype)
+        else:
+            high_TK = weights_TK.to(dtype)
+            weights_TK = torch.cat([high_TK, (weights_TK - high_TK).to(dtype)], 1)
+            index_TK, K = index_TK.repeat(1, 2), 2 * K
     flat, flat_weights = index_TK.reshape(-1), None if weights_TK is None else weights_TK.reshape(-1)
     ends = torch.arange(0, T * K + 1, K)
     if may_be_empty:
