@@ -1,0 +1,301 @@
+"""One step of matrices whose second moment is a product of factors (METHODS A2-A4, A6, A9).
+
+Two passes over gradients and weights, whatever their size: the first multiplies V by the start and measures the update,
+which must be clipped as a whole; the second multiplies V^T by the result and applies the update. Further passes only
+where the iteration takes more rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kernels.lowrank.vectorised import SecondMoment, Tile
+from .factors import as_matrices, matrix_size, read_factors, store_factors, wide
+from .momentum import read, write
+from .noise import gaussian
+from .rank import K_INIT, max_rank, search
+from .shards import Shards, local
+from .srsi import srsi
+
+
+class Factors(NamedTuple):
+    """What one iteration gives."""
+
+    q_bmc: Tensor
+    u_bnc: Tensor
+    xi_bc: Tensor
+    """Relative error of the first 1, 2, ... c columns; fp64."""
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Parameters of one shape that are stepped together, as b matrices [m, n] on this rank."""
+
+    parameters: list[Tensor]
+    states: list[dict[str, Tensor]]
+    places: list[int]
+    """Of each parameter among all of the optimizer: what its random columns are drawn by."""
+    shards: Shards
+
+    @property
+    def steps(self) -> int:
+        """Including this one."""
+        return int(self.states[0]["step"].item())
+
+
+class FactoredStep:
+    """What one step holds between its two passes: V as an operator that measures first and then applies."""
+
+    def __init__(self, matrices: Matrices, group: dict[str, Any], largest: list[float], tile: int) -> None:
+        """`largest`: magnitude of the largest entry of each gradient."""
+        self.matrices, self.group, self.shards = matrices, group, matrices.shards
+        parameter = matrices.parameters[0]
+        self.dtype = wide(parameter.dtype)
+        size = matrix_size(parameter)
+        assert size is not None
+        self.rows, self.columns = size if self.shards.exact else as_matrices(parameter).shape[1:]
+        self.weights = [as_matrices(p) for p in matrices.parameters]
+        grads = [as_matrices(p.grad) for p in matrices.parameters if p.grad is not None]
+        self.momenta = [
+            {key: as_matrices(state[key]) for key in ("exp_avg", "exp_avg_scale") if key in state}
+            for state in matrices.states
+        ]
+        self.sizes = [weight.size(0) for weight in self.weights]
+        self.guided = group["guidance"] and bool(self.momenta[0])
+        top = max(largest)
+        # Where squares of squares would leave fp32: a power of two, which rounds nothing.
+        usual = not top or 2.0**-20 < top < 2.0**20
+        self.exponent = 0 if usual else max(-60, min(60, math.frexp(top)[1]))
+        self.q_bmk, self.u_bnk = _stacked(matrices.states)
+        self.moment = SecondMoment(
+            self.q_bmk,
+            self.u_bnk,
+            grads,
+            group["betas"][1],
+            scale=2.0 ** (-2 * self.exponent),
+            clamp=group["clamp"] == "exact",
+            tile=tile,
+        )
+        b, device = self.moment.shape[0], self.q_bmk.device
+        # Sums over each matrix: V^2, M^^2, M^ M and M^2.
+        self.sums_4b = torch.zeros(4, b, dtype=torch.float64, device=device)
+        self.measured = self.applied = False
+        self.updates: list[Tensor] = []
+        self.searching = (matrices.steps - 1) % group["rank_every"] == 0
+
+    def run(self) -> None:
+        """Steps the parameters and replaces their factors."""
+        group, steps = self.group, self.matrices.steps
+        warm = steps > 1 and group["start"] == "warm"
+        most = max_rank(self.rows, self.columns, group["max_rank"])
+        rank_b = torch.cat([local(state["rank"]).reshape(-1) for state in self.matrices.states])
+        columns = min(most, max(K_INIT, self.u_bnk.size(2)))
+        factors = self._iterate(columns, warm, 1 if warm else group["rounds"])
+        if self.searching:
+            # A matrix that asks for more than the columns it came with takes all rounds, and none of its neighbours:
+            # what becomes of it does not depend on what it is stepped with.
+            known = rank_b.tolist() if warm else [columns] * len(rank_b)
+            found = [
+                search(xi_c[:k], group["rank_threshold"], most)
+                for xi_c, k in zip(factors[2].tolist(), known, strict=True)
+            ]
+            while wanted := [rank for rank, done in found if not done]:
+                done_b = torch.tensor([done for _, done in found], device=rank_b.device)
+                again = self._iterate(max(wanted), warm, group["rounds"])
+                found = [
+                    (rank, True) if done else search(xi_c, group["rank_threshold"], most)
+                    for (rank, done), xi_c in zip(found, again[2].tolist(), strict=True)
+                ]
+                factors = _chosen(done_b, factors, again)
+            rank_b = torch.tensor([rank for rank, _ in found], dtype=torch.int64, device=rank_b.device)
+        self._store(*factors, rank_b)
+
+    def _iterate(self, columns: int, warm: bool, rounds: int) -> Factors:
+        q_bmc, u_bnc = srsi(
+            self,
+            self._start(columns, warm),
+            rounds,
+            over_rows=self.shards.over_rows,
+            over_columns=self.shards.over_columns,
+            first_row=self.shards.first_row,
+            first_column=self.shards.first_column,
+        )
+        return Factors(q_bmc, u_bnc, self._errors(u_bnc))
+
+    # V as `srsi` needs it.
+
+    def times(self, x_bnc: Tensor) -> Tensor:
+        """Scaled V X. The first call measures the update."""
+        visit, self.measured = None if self.measured else self._measure, True
+        return self.moment.times(x_bnc, visit)
+
+    def transposed_times(self, y_bmc: Tensor) -> Tensor:
+        """Scaled V^T Y. The first call applies the update."""
+        if self.applied:
+            return self.moment.transposed_times(y_bmc)
+        self.applied = True
+        self._weigh()
+        return self.moment.transposed_times(y_bmc, self._apply)
+
+    def _update(self, tile: Tile) -> Tensor:
+        """M^ times 2^exponent, not clipped."""
+        root_brn = tile.moment_brn.sqrt().add_(math.ldexp(self.group["eps"], -self.exponent))
+        return torch.div(tile.grad_brn, root_brn, out=root_brn)
+
+    def _measure(self, tile: Tile) -> None:
+        update_brn, where = self._update(tile), tile.matrices
+        if self.moment.is_kept:
+            self.updates.append(update_brn)
+        if self.searching:
+            self.sums_4b[0, where] += _products(tile.moment_brn, tile.moment_brn)
+        self.sums_4b[1, where] += _products(update_brn, update_brn)
+        if self.guided:
+            average_brn = torch.cat([self._average(share.number, share.own, tile.rows) for share in tile.shares])
+            self.sums_4b[2, where] += _products(update_brn, average_brn)
+            self.sums_4b[3, where] += _products(average_brn, average_brn)
+
+    def _average(self, number: int, own: slice, rows: slice) -> Tensor:
+        """Rows of some matrices of the first moment of one parameter."""
+        return read({key: value[own] for key, value in self.momenta[number].items()}, rows, self.dtype)
+
+    def _weigh(self) -> None:
+        """What each matrix's update is multiplied by: its clip; and its step: the learning rate with guidance."""
+        group = self.group
+        self.shards.over_matrix(self.sums_4b)
+        _, square_b, dot_b, old_b = self.sums_4b
+        unscale = 2.0**-self.exponent
+        rms_b = (square_b / (self.rows * self.columns)).sqrt() * unscale
+        clip_b = unscale / (rms_b / group["clip_threshold"]).clamp(min=1)
+        self.clip_b11 = clip_b.to(self.dtype).view(-1, 1, 1)
+        step_b = torch.full_like(clip_b, group["lr"])
+        if self.guided:
+            # cos(M^, M) with the new M = beta1 M + (1 - beta1) M^, by the sums of the old one.
+            beta1 = group["betas"][0]
+            update2_b, cross_b = square_b * clip_b**2, dot_b * clip_b
+            new2_b = beta1**2 * old_b + 2 * beta1 * (1 - beta1) * cross_b + (1 - beta1) ** 2 * update2_b
+            cos_b = (beta1 * cross_b + (1 - beta1) * update2_b) / (update2_b * new2_b).sqrt().clamp(min=1e-300)
+            step_b *= (1 / (1 - cos_b + group["eps"]).clamp(min=1e-300)).clamp(0.5, 2)
+        self.step_b11 = step_b.to(self.dtype).view(-1, 1, 1)
+
+    def _apply(self, tile: Tile) -> None:
+        group, rows = self.group, tile.rows
+        update_brn = self.updates.pop(0) if self.updates else self._update(tile)
+        update_brn.mul_(self.clip_b11[tile.matrices])
+        beta1, decay = group["betas"][0], 1 - group["lr"] * group["weight_decay"]
+        for i, inside, own in tile.shares:
+            step_brn = update_brn[inside]
+            if self.momenta[i]:
+                momentum = {key: value[own] for key, value in self.momenta[i].items()}
+                average_brn = read(momentum, rows, self.dtype)
+                average_brn.lerp_(step_brn, 1 - beta1)
+                write(momentum, rows, average_brn)
+                step_brn = average_brn
+            weight_brn = self.weights[i][own, rows]
+            if decay != 1:
+                weight_brn.mul_(decay)
+            if self.guided:
+                weight_brn.sub_(step_brn * self.step_b11[tile.matrices][inside])
+            else:
+                weight_brn.add_(step_brn, alpha=-group["lr"])
+
+    def _start(self, columns: int, warm: bool) -> Tensor:
+        """The last factors' columns, if warm, and random ones where there are none; [b, n, columns]."""
+        if not warm:
+            return self._noise(columns)
+        warm_bnc = _widened(self.u_bnk, columns)
+        length_b1c = self.shards.over_columns(warm_bnc.double().square().sum(1, keepdim=True)).sqrt_()
+        # Columns beyond a matrix's own rank are empty.
+        is_empty_b1c = length_b1c == 0
+        unit_bnc = warm_bnc / length_b1c.masked_fill_(is_empty_b1c, 1).to(self.dtype)
+        if unit_bnc.device.type == "cpu" and not bool(is_empty_b1c.any()):
+            return unit_bnc
+        return torch.where(is_empty_b1c, self._noise(columns) * self.columns**-0.5, unit_bnc)
+
+    def _noise(self, columns: int) -> Tensor:
+        """The same for all matrices of a parameter, so that it does not matter how they are spread over ranks."""
+        n, first = self.moment.shape[2], self.shards.first_column
+        drawn = (gaussian((n, columns), seed, self.q_bmk.device, self.dtype, first) for seed in self._seeds())
+        return torch.cat([noise_nc.expand(size, -1, -1) for size, noise_nc in zip(self.sizes, drawn, strict=True)])
+
+    def _seeds(self) -> list[int]:
+        seed, steps = self.group["seed"], self.matrices.steps
+        return [((seed * 1_000_003 + place) * 1_000_003 + steps) % 2**40 for place in self.matrices.places]
+
+    def _errors(self, u_bnc: Tensor) -> Tensor:
+        """Relative error of the first 1, 2, ... c columns; fp64 [b, c]."""
+        # Q is orthonormal: what its columns hold of V^2 are the squares of U.
+        held_bc = self.shards.over_columns(u_bnc.double().square().sum(1)).cumsum(1)
+        whole_b1 = self.sums_4b[0].unsqueeze(1)
+        return (
+            (1 - held_bc / whole_b1.masked_fill(whole_b1 == 0, 1)).clamp_(min=0).sqrt_().masked_fill_(whole_b1 == 0, 0)
+        )
+
+    def _store(self, q_bmc: Tensor, u_bnc: Tensor, xi_bc: Tensor, rank_b: Tensor) -> None:
+        if self.searching:
+            xi_b = xi_bc.gather(1, rank_b.unsqueeze(1) - 1).squeeze(1).to(self.dtype)
+        else:
+            xi_b = torch.cat([local(state["xi"]).reshape(-1) for state in self.matrices.states])
+        # Unscaled by a power of two.
+        u_bnc = u_bnc * 2.0 ** (2 * self.exponent)
+        beyond_b1c = torch.arange(q_bmc.size(2), device=q_bmc.device) >= rank_b.view(-1, 1, 1)
+        q_bmc, u_bnc = q_bmc.masked_fill(beyond_b1c, 0), u_bnc.masked_fill(beyond_b1c, 0)
+        done = 0
+        for parameter, state, weight in zip(self.matrices.parameters, self.matrices.states, self.weights, strict=True):
+            part = slice(done, done + weight.size(0))
+            done = part.stop
+            room = self._room(rank_b[part], state, q_bmc.size(2))
+            store_factors(
+                state,
+                parameter,
+                self.shards,
+                _widened(q_bmc[part], room),
+                _widened(u_bnc[part], room),
+                rank_b[part],
+                xi_b[part],
+            )
+
+    def _room(self, rank_b: Tensor, state: dict[str, Tensor], columns: int) -> int:
+        """Columns that the factors of one parameter are stored with: the largest rank of its stack."""
+        if not self.searching:
+            return local(state["Q"]).size(-1)
+        largest = rank_b.amax() if rank_b.numel() else torch.ones((), dtype=torch.int64, device=rank_b.device)
+        return int(self.shards.largest_of_stack(largest).item())
+
+
+def _stacked(states: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Factors of all parameters [b, m, k] and [b, n, k] at the largest rank among them."""
+    factors = [read_factors(state) for state in states]
+    if len(factors) == 1:
+        return factors[0]
+    room = max(q.size(2) for q, _ in factors)
+    return (
+        torch.cat([_widened(q, room) for q, _ in factors]),
+        torch.cat([_widened(u, room) for _, u in factors]),
+    )
+
+
+def _chosen(first_b: Tensor, first: Factors, second: Factors) -> Factors:
+    """Of each matrix the first or the second, at the columns of the wider."""
+    columns = max(first.xi_bc.size(1), second.xi_bc.size(1))
+    return Factors(
+        *(
+            torch.where(first_b.view(-1, *[1] * (one.dim() - 1)), _widened(one, columns), _widened(other, columns))
+            for one, other in zip(first, second, strict=True)
+        )
+    )
+
+
+def _widened(factor_bmk: Tensor, columns: int) -> Tensor:
+    """With zero columns added, or columns beyond `columns` cut off."""
+    missing = columns - factor_bmk.size(-1)
+    return torch.nn.functional.pad(factor_bmk, (0, missing)) if missing > 0 else factor_bmk[..., :columns].clone()
+
+
+def _products(x_brn: Tensor, y_brn: Tensor) -> Tensor:
+    """Sum over each matrix of the products of entries; fp64 [b]."""
+    return torch.bmm(x_brn.flatten(1).unsqueeze(1), y_brn.flatten(1).unsqueeze(2)).flatten().double()
