@@ -7,31 +7,7 @@ from typing import Literal
 
 from ..moe.config import ModelConfig, RouterConfig, nearest_divisor
 from ..parallel.config import ParallelConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    name: Literal["adamw"] = "adamw"
-    lr: float = 3e-4
-    """Peak learning rate."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    """On matrices only; norms and biases are left alone."""
-    clip_norm: float = 1.0
-    """Global gradient norm is clipped to this; 0 switches clipping off."""
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is not positive; use for example 3e-4")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is outside [0, 1); use for example 0.9")
-        for name in ("weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is negative; use 0 (off) or more")
+from .optimizer_config import OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

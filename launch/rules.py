@@ -1,7 +1,7 @@
 """Rules that span owners: each a small function from a TrainConfig to what it violates. Torch-free.
 
 A rule checks only what no single owner can check alone, and names the nearest legal value. Three groups: of
-the configuration alone (`CROSS_RULES`), of this machine's files (`FILE_RULES`), and of what is known only
+the configuration alone (`CROSS_RULES`), of this machine's files and packages (`FILE_RULES`), and of what is known only
 later: the world that was started (`world_rules`), the tokenizer that was loaded (`vocabulary_rule`).
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from ..moe.config import EmulateConfig, MoEConfig, nearest_divisor
 from .config import TrainConfig
 from .errors import Violation
+from .optimizer_config import what_is_missing
 
 CORPORA = ("shakespeare", "sotu")
 SMALLEST_BPE = 257
@@ -128,6 +129,22 @@ def kernels_take_precision(config: TrainConfig) -> list[Violation]:
         return []
     message = f"{config.kernels} has no grouped product for train.precision: fp64; use reference or auto"
     return [Violation(("kernels", "train.precision"), message)]
+
+
+def quantized_blocks_fit_experts(config: TrainConfig) -> list[Violation]:
+    """Moments of experts that ranks share are saved expert by expert, so no block of codes may straddle two."""
+    model, moe = config.model, config.model.moe
+    if moe is None or config.optimizer.name != "adamw8bit" or config.parallel.expert == 1:
+        return []
+    numbers = model.d_model * moe.d_expert
+    if numbers % 256 == 0:
+        return []
+    message = (
+        f"adamw8bit has blocks of 256 numbers, which would straddle experts of {model.d_model} x {moe.d_expert}; "
+        f"use adamw, parallel.expert: 1, or widths whose product is a multiple of 256"
+    )
+    paths = ("optimizer.name", "model.d_model", "model.moe.d_expert", "parallel.expert")
+    return [Violation(paths, message)]
 
 
 def emulation_splits(config: TrainConfig) -> list[Violation]:
@@ -334,6 +351,11 @@ def trace_fits(config: TrainConfig) -> list[Violation]:
     return []
 
 
+def optimizer_is_installed(config: TrainConfig) -> list[Violation]:
+    missing = what_is_missing(config.optimizer.name)
+    return [Violation(("optimizer.name",), missing)] if missing else []
+
+
 def resume_exists(config: TrainConfig) -> list[Violation]:
     resume = config.checkpoint.resume
     if resume in ("auto", "never") or (resume and Path(resume).is_dir()):
@@ -351,6 +373,7 @@ CROSS_RULES: tuple[Rule, ...] = (
     benchmark_routers_learn_nothing,
     widths_align,
     kernels_take_precision,
+    quantized_blocks_fit_experts,
     emulation_splits,
     layout_is_consistent,
     schedule_fits,
@@ -360,7 +383,14 @@ CROSS_RULES: tuple[Rule, ...] = (
 )
 """Hold for the configuration wherever it is read."""
 
-FILE_RULES: tuple[Rule, ...] = (tokenizer_exists, corpus_exists, folders_are_folders, resume_exists, trace_fits)
+FILE_RULES: tuple[Rule, ...] = (
+    tokenizer_exists,
+    corpus_exists,
+    folders_are_folders,
+    resume_exists,
+    trace_fits,
+    optimizer_is_installed,
+)
 """Hold on the machine that runs the configuration."""
 
 

@@ -266,17 +266,17 @@ def test_damage_is_refused_on_every_rank(tmp_path):
 class TinyExperts(nn.Module):
     """A dense matrix and this rank's experts, with gradients that need no communication."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, rows: int = 2) -> None:
         super().__init__()
         each = EXPERTS // mesh.expert.size
         self.first = mesh.expert.rank * each
         self.dense = nn.Parameter(torch.ones(3, 2))
-        self.experts = nn.Parameter(torch.ones(each, 2, 2))
+        self.experts = nn.Parameter(torch.ones(each, rows, 2))
 
     def fill_gradients(self, step: int) -> None:
         generator = torch.Generator().manual_seed(step)
         self.dense.grad = torch.randn(3, 2, generator=generator)
-        whole = torch.randn(EXPERTS, 2, 2, generator=generator)
+        whole = torch.randn(EXPERTS, *self.experts.shape[1:], generator=generator)
         self.experts.grad = whole[self.first : self.first + len(self.experts)].clone()
 
 
@@ -322,6 +322,39 @@ def test_training_resumed_at_other_layouts_ends_with_the_same_bits(tmp_path):
     assert "optimizer.experts.exp_avg_sq" in straight
     for name, tensor in straight.items():
         assert tensor.equal(moved[name]), name
+
+
+def train_quantized_ranks(rank: int, world: int, directory: Path, first: int, last: int) -> None:
+    train_quantized(mesh_of(world), directory, first, last)
+
+
+def train_quantized(mesh: Mesh, directory: Path, first: int, last: int) -> Tensor:
+    """Moments of the experts in eight bits, two blocks an expert; returns the experts of this rank."""
+    from wastenot.launch.adamw8bit import AdamW8bit
+
+    model = TinyExperts(mesh, rows=256)
+    optimizer = AdamW8bit(model.parameters(), lr=0.1)
+    checkpointer = Checkpointer(directory, mesh)
+    if first:
+        load_training_state(checkpointer.latest(), model, optimizer, mesh, is_expert)
+    for step in range(first, last):
+        model.fill_gradients(step)
+        optimizer.step()
+    moment = optimizer.state[model.experts]["exp_avg"]
+    assert moment.codes.shape == (EXPERTS // mesh.expert.size, 256, 2)
+    assert moment.scale.shape == (2 * len(model.experts),)
+    checkpointer.save(last, training_state(model, optimizer, mesh, is_expert), {})
+    checkpointer.close()
+    return model.experts.detach()
+
+
+def test_quantized_moments_move_between_layouts_block_by_block(tmp_path):
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install 'wastenot[optimizers]'")
+    straight = train_quantized(single(), tmp_path / "straight", 0, 6)
+    train_quantized(single(), tmp_path / "moved", 0, 2)
+    run_ranks(2, train_quantized_ranks, tmp_path / "moved", 2, 4)
+    moved = train_quantized(single(), tmp_path / "moved", 4, 6)
+    assert moved.equal(straight)
 
 
 # Kill -9

@@ -7,8 +7,11 @@ import logging
 import os
 import pickle
 import resource
+from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from wastenot.parallel.checkpoint import Checkpointer, load, newest, read_meta
 from wastenot.parallel.manifest import Chunk, TensorEntry, check_coverage
-from wastenot.parallel.mesh import single
+from wastenot.parallel.mesh import Axis, single
 from wastenot.parallel.training_state import load_training_state, training_state
 
 MESH = single()
@@ -545,9 +548,66 @@ def test_a_refused_load_leaves_model_and_optimizer(tmp_path):
         assert {name: bits(tensor) for name, tensor in after.items()} == before
 
 
-def test_state_that_is_not_tensors_is_refused():
+def test_state_that_is_neither_tensors_nor_numbers_is_refused():
     model = Small()
     optimizer = torch.optim.AdamW(model.parameters())
-    optimizer.state[model.mid.bias]["count"] = 3
-    with pytest.raises(ValueError, match=r"state 'count' of mid\.bias is a int"):
+    optimizer.state[model.mid.bias]["seen"] = {3}
+    with pytest.raises(ValueError, match=r"state 'seen' of mid\.bias is a set"):
         training_state(model, optimizer, MESH, no_experts)
+
+
+def test_numbers_come_back_as_the_numbers_they_were(tmp_path):
+    model = Small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    numbers = {"count": 2**60 + 1, "ratio": 0.1, "done": True}
+    optimizer.state[model.mid.bias].update(numbers)
+    checkpointer = Checkpointer(tmp_path, MESH)
+    checkpointer.save(1, training_state(model, optimizer, MESH, no_experts), {})
+    again = Small()
+    optimizer_again = torch.optim.SGD(again.parameters(), lr=0.1)
+    load_training_state(checkpointer.latest(), again, optimizer_again, MESH, no_experts)
+    [(parameter, state)] = optimizer_again.state.items()
+    assert parameter is again.mid.bias
+    assert state == numbers
+    assert [type(value) for value in state.values()] == [int, float, bool]
+
+
+class Pairs(torch.optim.SGD):
+    """Keeps a pair of tensors, and a function of them that need not be saved."""
+
+    def unwrap(self, parameter: Tensor, key: str, value: Any) -> dict[str, Tensor]:
+        assert parameter.shape == (6,)
+        return dict(zip("ab", value, strict=True)) if key == "pair" else {}
+
+    def wrap(self, parameter: Tensor, key: str, parts: Mapping[str, Tensor]) -> Any:
+        assert (parameter.shape, key) == ((6,), "pair")
+        return parts["a"], parts["b"]
+
+
+def test_what_an_optimizer_unwraps_it_wraps_again(tmp_path):
+    model = Small()
+    optimizer = Pairs(model.parameters(), lr=0.1)
+    optimizer.state[model.mid.bias].update(pair=(torch.arange(3), torch.ones(2)), followed=str)
+    checkpointer = Checkpointer(tmp_path, MESH)
+    state = training_state(model, optimizer, MESH, no_experts)
+    assert {name for name in state if "optimizer" in name} == {f"optimizer.mid.bias.pair#{part}" for part in "ab"}
+    checkpointer.save(1, state, {})
+    again = Small()
+    optimizer_again = Pairs(again.parameters(), lr=0.1)
+    load_training_state(checkpointer.latest(), again, optimizer_again, MESH, no_experts)
+    [(key, (a, b))] = optimizer_again.state[again.mid.bias].items()
+    assert (key, a.tolist(), b.tolist()) == ("pair", [0, 1, 2], [1.0, 1.0])
+    other = torch.optim.SGD(again.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"has optimizer\.mid\.bias\.pair#a, which SGD does not know"):
+        load_training_state(checkpointer.latest(), again, other, MESH, no_experts)
+    assert not other.state
+
+
+def test_one_tensor_for_experts_that_ranks_share_is_refused():
+    model = Small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.mid.weight]["scale"] = torch.zeros(7)
+    shared = replace(MESH, expert=Axis("expert", size=2))
+    with pytest.raises(ValueError, match=r"'scale' of mid\.weight is \[7\] for 6 experts.*use parallel\.expert: 1"):
+        training_state(model, optimizer, shared, lambda name: name == "mid.weight")
+    assert "optimizer.mid.weight.scale" in training_state(model, optimizer, MESH, lambda name: name == "mid.weight")
