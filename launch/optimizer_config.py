@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,3 +126,19 @@ def what_is_missing(name: str) -> str:
     if not missing:
         return ""
     return f"{name} needs {', '.join(missing)}; pip install 'wastenot[{extra}]', or use adamw"
+
+
+def refuse_state_of_others(config: OptimizerConfig, saved: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError where the state in checkpoint `path`, of the optimizer `saved`, is of no use to this one."""
+    name = saved.get("name", config.name)
+    if name != config.name:
+        raise ValueError(
+            f"optimizer.name: {config.name} cannot go on from the state of {name} in {path}; use {name}, or start from "
+            "its weights alone: wastenot convert to-hf and from-hf"
+        )
+    momentum = saved.get("adapprox", {}).get("momentum", config.adapprox.momentum)
+    if name == "adapprox" and momentum != config.adapprox.momentum:
+        raise ValueError(
+            f"optimizer.adapprox.momentum: {config.adapprox.momentum} cannot go on from the {momentum} of {path}; use "
+            f"{momentum}"
+        )

@@ -21,6 +21,9 @@ from .metrics import read_metrics
 from .picture import draw
 from .run_folder import RunFolder, write_atomically
 
+OPTIMIZER = ("optimizer_bytes", "optimizer_bytes_per_parameter", "optimizer_part_of_adamw", "optimizer_mean_rank")
+"""What a line of metrics says of the optimizer's state."""
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -53,6 +56,10 @@ class Summary:
     """Part of the run's slots."""
     unserved_ratio: float | None
     """Part of the run's tokens, layer by layer."""
+    optimizer_bytes_per_parameter: float | None
+    """Of the optimizer's state at the end."""
+    optimizer_part_of_adamw: float | None
+    """These bytes over AdamW's 8."""
     world: int
     parameters: int
     picture: str | None
@@ -68,8 +75,12 @@ def finish(
     sample: str,
     parameters: int,
     tokens_per_step: int,
+    optimizer_state: list[dict[str, Any]],
 ) -> Summary:
-    """Gathers the summary on all ranks; rank 0 writes it and the ledger, and draws the picture."""
+    """Gathers the summary on all ranks; rank 0 writes it and the ledger, and draws the picture.
+
+    optimizer_state: of each parameter of this rank, where the optimizer reports it.
+    """
     peak = all_reduce(
         torch.tensor([peak_memory_bytes(mesh.device)], device=mesh.device),
         mesh.world,
@@ -92,7 +103,10 @@ def finish(
         rank_seconds = sum(line["step_seconds"] * line["ledger_steps"] for line in steps) * mesh.world.size
         waited_ratio = account["waited_seconds"] / rank_seconds if rank_seconds else None
         told = {"tokens": tokens, "world": mesh.world.size, "training_seconds": progress["seconds"]}
-        write_atomically(folder.ledger, json.dumps(told | account, indent=1) + "\n")
+        optimizer = {name: steps[-1][name] for name in OPTIMIZER if name in steps[-1]}
+        if optimizer_state:
+            optimizer["parameters_of_rank_0"] = optimizer_state
+        write_atomically(folder.ledger, json.dumps(told | account | {"optimizer": optimizer}, indent=1) + "\n")
     summary = Summary(
         steps=progress["step"],
         val_loss=evaluation.loss,
@@ -108,6 +122,8 @@ def finish(
         waited_ratio=waited_ratio,
         expert_load_max_over_mean=steps[-1].get("expert_load_max_over_mean") if steps else None,
         **ratios,
+        optimizer_bytes_per_parameter=steps[-1].get("optimizer_bytes_per_parameter") if steps else None,
+        optimizer_part_of_adamw=steps[-1].get("optimizer_part_of_adamw") if steps else None,
         world=mesh.world.size,
         parameters=parameters,
         picture=None if picture is None else str(picture),
@@ -159,6 +175,9 @@ def print_table(summary: Summary, folder: RunFolder, console: Console) -> None:
         per_step = summary.sent_bytes / summary.world / max(1, summary.steps) / 1e6
         waited = f"{summary.waited_ratio:.1%} of the time waited for others"
         facts.add_row("exchange", f"{per_step:,.2f} MB sent per rank and step; {waited}")
+    if summary.optimizer_bytes_per_parameter is not None:
+        beside = f"{summary.optimizer_part_of_adamw:.0%} of AdamW's"
+        facts.add_row("optimizer state", f"{summary.optimizer_bytes_per_parameter:.2f} bytes per parameter, {beside}")
     facts.add_row("memory", f"{summary.peak_memory_bytes / 2**20:,.0f} MiB at most on a rank")
     if summary.skipped_steps:
         facts.add_row("skipped steps", f"{summary.skipped_steps} (loss or gradient not finite)")

@@ -30,6 +30,8 @@ from .errors import UserError, Violation, all_together
 from .evaluate import Evaluation, evaluate
 from .metrics import MetricsWriter
 from .optimizer import make_optimizer
+from .optimizer_config import refuse_state_of_others
+from .optimizer_state import by_parameter, in_all, measure
 from .precision import weight_dtype
 from .rules import vocabulary_rule, world_rules
 from .run_folder import RunFolder
@@ -176,6 +178,7 @@ class Trainer:
             sample,
             self.num_parameters(),
             self.config.train.batch * self.config.data.seq_len,
+            by_parameter(self.optimizer),
         )
 
     def save(self) -> None:
@@ -202,7 +205,10 @@ class Trainer:
         self.watchdog.at(0, "loading")
         try:
             # A converted checkpoint holds weights only: the run starts from them, at step 0.
-            started = "progress" in read_checkpoint_meta(path)
+            saved = read_checkpoint_meta(path)
+            started = "progress" in saved
+            if started:
+                refuse_state_of_others(self.config.optimizer, saved.get("config", {}).get("optimizer", {}), path)
             optimizer = self.optimizer if started else None
             meta = load_training_state(path, self.model, optimizer, self.mesh, self.is_expert)
         except ValueError as error:
@@ -262,8 +268,8 @@ class Trainer:
     def _measure(self, result: StepResult, step_s: float, loads: Loads) -> dict[str, object]:
         """One line of metrics.jsonl; `loads` are those of all steps since the last line."""
         config, mesh = self.config, self.mesh
-        page = self.ledger.page()
-        pages = gather_to_root(page, mesh.world, "ledger", mesh.recorder)
+        told = self.ledger.page(), measure(self.optimizer)
+        gathered = gather_to_root(told, mesh.world, "ledger", mesh.recorder)
         # Only now: the account of the steps does not hold its own gathering.
         self.ledger.clear()
         tokens = config.train.batch * config.data.seq_len
@@ -277,9 +283,11 @@ class Trainer:
             "step_seconds": step_s,
             "skipped": self.progress.skipped,
         }
-        if pages is None:
+        if gathered is None:
             return numbers
-        numbers |= merge(pages, loads.read(), tokens * page.steps)
+        pages = [page for page, _ in gathered]
+        numbers |= merge(pages, loads.read(), tokens * pages[0].steps)
+        numbers |= in_all([state for _, state in gathered]).numbers()
         return numbers
 
     def _why_stopped(self, in_a_row: int) -> str:

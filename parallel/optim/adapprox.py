@@ -231,7 +231,7 @@ class Adapprox(torch.optim.Optimizer):
                 if grad.is_sparse or grad.layout != torch.strided:
                     raise RuntimeError(f"{self._name(parameter)} has a sparse gradient; make it dense first")
                 present.append((parameter, grad, shards_of(parameter, True)))
-        if not present:
+        if not present and self.expert_group is None:
             return {}
         norms = [
             # Twenty times as fast as the norm.
@@ -243,12 +243,14 @@ class Adapprox(torch.optim.Optimizer):
         for norm, (_, _, shards) in zip(norms, present, strict=True):
             norm.nan_to_num_(nan=math.inf, posinf=math.inf)
             shards.largest(norm)
-        device = local(present[0][1]).device
-        values = torch.stack([norm.double().to(device) for norm in norms])
+        device = local(self.param_groups[0]["params"][0]).device
+        # One more than there are: a rank may have none and still be asked.
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        values = torch.stack([zero, *(norm.double().to(device) for norm in norms)])
         bad = values.isinf().any().float()
         if self.expert_group is not None:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=self.expert_group)
-        found = values.tolist()
+        found = values[1:].tolist()
         if not bad.item():
             return {parameter: value for (parameter, _, _), value in zip(present, found, strict=True)}
         if self.nonfinite == "skip":

@@ -209,11 +209,11 @@ def test_terminated_run_saves_and_goes_on_bit_for_bit(made, uninterrupted):
     assert_same_account(config, uninterrupted)
 
 
-@pytest.mark.parametrize("expert", [1, 4])
-def test_run_resumes_under_another_expert_degree(made, tmp_path, expert):
+@pytest.mark.parametrize(("expert", "optimizer"), [(1, "adamw"), (4, "adamw"), (4, "adapprox")])
+def test_run_resumes_under_another_expert_degree(made, tmp_path, expert, optimizer):
     emulate = {"top_k": 2, "capacity_factor": 1.0, "emulate": {"sources": 4, "owners": 4}, "jitter": 0.0}
-    whole = made(router=emulate, train={"steps": 24})
-    half = made(router=emulate, train={"steps": 24}, checkpoint={"every": 12})
+    options = {"router": emulate, "train": {"steps": 24}, "optimizer": {"name": optimizer, "lr": 0.01}}
+    whole, half = made(**options), made(**options, checkpoint={"every": 12})
     finish(start(whole))
     process = start(half)
     while not (log_dir(half) / "checkpoints" / "step-00000012").exists() and process.poll() is None:

@@ -12,7 +12,13 @@ from wastenot.launch import optimizer_config
 from wastenot.launch.config import DataConfig, LoopConfig, ScheduleConfig, TrainConfig
 from wastenot.launch.errors import UserError
 from wastenot.launch.optimizer import make_optimizer, set_learning_rate
-from wastenot.launch.optimizer_config import AdapproxConfig, ApolloConfig, OptimizerConfig, what_is_missing
+from wastenot.launch.optimizer_config import (
+    AdapproxConfig,
+    ApolloConfig,
+    OptimizerConfig,
+    refuse_state_of_others,
+    what_is_missing,
+)
 from wastenot.launch.settings import dump_config, parse_config
 from wastenot.launch.step import Stepper
 from wastenot.launch.strict_yaml import parse_yaml
@@ -236,3 +242,14 @@ def test_a_checkpoint_of_eight_bit_moments_is_refused_by_another_optimizer(tmp_p
     with pytest.raises(ValueError, match="which AdamW does not know; use the optimizer that it was saved with"):
         load_training_state(path, other.model, other.optimizer, single(), experts)
     assert all(old.equal(new) for old, new in zip(weights, other.model.parameters(), strict=True))
+
+
+def test_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    saved = {"name": "adamw", "lr": 1e-3}
+    refuse_state_of_others(OptimizerConfig(), saved, tmp_path)
+    refuse_state_of_others(OptimizerConfig(), {}, tmp_path)
+    with pytest.raises(ValueError, match=r"name: adapprox cannot go on from the state of adamw in .*; use adamw"):
+        refuse_state_of_others(OptimizerConfig(name="adapprox"), saved, tmp_path)
+    saved = {"name": "adapprox", "adapprox": {"momentum": "int8"}}
+    with pytest.raises(ValueError, match=r"momentum: fp32 cannot go on from the int8 of .*; use int8"):
+        refuse_state_of_others(OptimizerConfig(name="adapprox"), saved, tmp_path)

@@ -258,7 +258,10 @@ def test_headline_figures_are_those_of_the_run(home: Path, capsys: pytest.Captur
     [row] = [row for row in Page(output).tables["Headline figures"] if row[0] == "rectified"]
     names = ("dropped_ratio", "padding_ratio", "rectified_ratio", "filled_ratio", "unserved_ratio")
     assert row[1] == f"{rectified['val_bits_per_byte']:.3f}"
-    assert row[3:] == [percent(rectified[name]) for name in names]
+    assert row[3:-1] == [percent(rectified[name]) for name in names]
+    assert row[-1] == "8.00"
+    # AdamW's, and a count of its steps for each parameter.
+    assert rectified["optimizer_part_of_adamw"] == pytest.approx(1, rel=1e-3)
 
 
 def test_ledger_is_the_sum_of_the_lines(home: Path, tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ class Headline:
     """Part of all slots."""
     unserved_ratio: float | None
     """Part of all tokens, mean over the layers."""
+    optimizer_bytes_per_parameter: float | None
+    """Of the optimizer's state, last known."""
+    optimizer_part_of_adamw: float | None
     parameters: int | None
     active_parameters: int | None
     """Those that one token's forward pass uses."""
@@ -84,6 +87,8 @@ def headline_of(run: Run, account: Account | None) -> Headline:
         dropped_ratio=ratios.get("dropped_ratio"),
         padding_ratio=ratios.get("padding_ratio"),
         unserved_ratio=ratios.get("unserved_ratio"),
+        optimizer_bytes_per_parameter=_last(run, "optimizer_bytes_per_parameter"),
+        optimizer_part_of_adamw=_last(run, "optimizer_part_of_adamw"),
         parameters=summary.get("parameters", parameters.get("total")),
         active_parameters=parameters.get("active"),
         world=run.world,
@@ -93,6 +98,12 @@ def headline_of(run: Run, account: Account | None) -> Headline:
         peak_memory_bytes=summary.get("peak_memory_bytes"),
         skipped_steps=run.lines[-1].get("skipped") if run.lines else None,
     )
+
+
+def _last(run: Run, name: str) -> float | None:
+    """The last known value of `name` among the lines of metrics."""
+    known = finite_values(run.lines, name)
+    return known[-1] if known else None
 
 
 def _parameters(run: Run) -> Mapping[str, int]:

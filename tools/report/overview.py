@@ -35,6 +35,11 @@ def figures(headline: Headline) -> list[tuple[str, str, str]]:
         ("rectified", percent(headline.rectified_ratio), "of choices"),
         ("filled", percent(headline.filled_ratio), "slots, per choice"),
         ("unserved", percent(headline.unserved_ratio), "of tokens"),
+        (
+            "optimizer",
+            decimals(headline.optimizer_bytes_per_parameter, 2),
+            f"bytes per parameter, {percent(headline.optimizer_part_of_adamw, 0)} of AdamW's",
+        ),
     ]
 
 
