@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BLOCK = 2**17
-"""Elements of a block on a CPU: with the few tensors made of it, it stays in the second-level cache."""
+_BLOCK = 2**20
+"""Elements of a block on a CPU: with the few tensors made of it, it stays in the last cache; smaller ones start slower."""
 
 
 class Share(NamedTuple):

@@ -64,15 +64,18 @@ def srsi(
 def orthonormal(y_bmc: Tensor, over_rows: Reduce = keep, first_row: int = 0) -> Tensor:
     """Orthonormal columns, of which the first j span what the first j of `y_bmc` span, for every j.
 
-    Cholesky QR with Gram matrices in fp64, twice. Columns that depend on those before them become random ones that do
-    not. c is at most m.
+    Cholesky QR with Gram matrices in fp64, twice where once could show in fp32. Columns that depend on those before them
+    become random ones that do not. c is at most m.
     """
     m, c = y_bmc.shape[1:]
-    q_bmc, good_b = _cholesky_qr(y_bmc.double(), over_rows)
+    q_bmc, good_b, pivot = _cholesky_qr(y_bmc, over_rows)
+    if y_bmc.dtype == torch.float32 and bool(pivot > _ENOUGH):
+        return q_bmc
     column_c = torch.arange(c, device=y_bmc.device)
     # Every turn makes at least one more column independent, most often all.
     while bool((good_b < c).any()):
         is_good_b1c = column_c < good_b.view(-1, 1, 1)
+        q_bmc = q_bmc.double()
         span_bmc = q_bmc * is_good_b1c
         noise_1mc = gaussian((m, c), 0, y_bmc.device, torch.float64, first_row).unsqueeze(0)
         noise_bmc = _outside(_outside(noise_1mc, span_bmc, over_rows), span_bmc, over_rows)
@@ -80,9 +83,8 @@ def orthonormal(y_bmc: Tensor, over_rows: Reduce = keep, first_row: int = 0) -> 
         is_noise_b1c = _lengths(rest_bmc, over_rows) < 2 * _LEAST_PIVOT * _lengths(q_bmc, over_rows)
         is_noise_b1c |= column_c == good_b.view(-1, 1, 1)
         rest_bmc = torch.where(is_noise_b1c, noise_bmc, rest_bmc)
-        q_bmc, good_b = _cholesky_qr(torch.where(is_good_b1c, q_bmc, rest_bmc), over_rows)
-    q_bmc, _ = _cholesky_qr(q_bmc, over_rows)
-    return q_bmc.to(y_bmc.dtype)
+        q_bmc, good_b, _ = _cholesky_qr(torch.where(is_good_b1c, q_bmc, rest_bmc), over_rows)
+    return _cholesky_qr(q_bmc, over_rows)[0].to(y_bmc.dtype)
 
 
 def _outside(y_bmc: Tensor, span_bmc: Tensor, over_rows: Reduce) -> Tensor:
@@ -94,27 +96,44 @@ def _lengths(y_bmc: Tensor, over_rows: Reduce) -> Tensor:
     return over_rows(y_bmc.square().sum(1, keepdim=True)).sqrt_()
 
 
-def _cholesky_qr(y_bmc: Tensor, over_rows: Reduce) -> tuple[Tensor, Tensor]:
+def _cholesky_qr(y_bmc: Tensor, over_rows: Reduce) -> tuple[Tensor, Tensor, Tensor]:
     """Y R^-1 with R^T R = Y^T Y for the leading columns that are independent, those after them as they are.
 
-    Also returns how many these are; int64 [b].
+    In the dtype of Y; computed in fp64, some rows at a time. Also returns how many these are, int64 [b], and the least
+    pivot of all, of columns of unit length.
     """
-    gram_bcc = over_rows(torch.bmm(y_bmc.mT, y_bmc))
+    b, c = y_bmc.size(0), y_bmc.size(2)
+    gram_bcc = y_bmc.new_zeros(b, c, c, dtype=torch.float64)
+    rows = max(1, _ENTRIES // max(1, b * c))
+    parts = y_bmc.split(rows, 1)
+    for part_brc in parts:
+        wide_brc = part_brc.double()
+        gram_bcc.baddbmm_(wide_brc.mT, wide_brc)
+    gram_bcc = over_rows(gram_bcc)
     length_bc = gram_bcc.diagonal(dim1=1, dim2=2).sqrt()
     length_bc = length_bc.masked_fill(length_bc == 0, 1)
     # As of columns of unit length: their sizes may be far apart.
     lower_bcc, info_b = torch.linalg.cholesky_ex(gram_bcc / (length_bc.unsqueeze(1) * length_bc.unsqueeze(2)))
     # A pivot of rounding noise is none.
-    column_c = torch.arange(y_bmc.size(2), device=y_bmc.device)
-    good_bc = lower_bcc.diagonal(dim1=1, dim2=2) > _LEAST_PIVOT
+    column_c = torch.arange(c, device=y_bmc.device)
+    pivot_bc = lower_bcc.diagonal(dim1=1, dim2=2)
+    good_bc = pivot_bc > _LEAST_PIVOT
     good_bc &= (info_b == 0).unsqueeze(1) | (column_c < info_b.unsqueeze(1) - 1)
     good_b = good_bc.cumprod(1).sum(1)
     is_good_bc = column_c < good_b.unsqueeze(1)
-    upper_bcc = lower_bcc.mT * length_bc.unsqueeze(1)
     both_bcc = is_good_bc.unsqueeze(1) & is_good_bc.unsqueeze(2)
-    upper_bcc = torch.where(both_bcc, upper_bcc, torch.eye(y_bmc.size(2), dtype=y_bmc.dtype, device=y_bmc.device))
-    return torch.linalg.solve_triangular(upper_bcc, y_bmc, upper=True, left=False), good_b
+    identity_cc = torch.eye(c, dtype=torch.float64, device=y_bmc.device)
+    upper_bcc = torch.where(both_bcc, lower_bcc.mT * length_bc.unsqueeze(1), identity_cc)
+    q_bmc = torch.empty_like(y_bmc)
+    for part_brc, out_brc in zip(parts, q_bmc.split(rows, 1), strict=True):
+        out_brc.copy_(torch.linalg.solve_triangular(upper_bcc, part_brc.double(), upper=True, left=False))
+    pivot = torch.where(good_bc, pivot_bc, 0).amin() if pivot_bc.numel() else gram_bcc.new_ones(())
+    return q_bmc, good_b, pivot
 
 
+_ENTRIES = 2**20
+"""In fp64 at once."""
+_ENOUGH = 1e-3
+"""With larger pivots a Gram matrix in fp64 leaves errors of 1e-10."""
 _LEAST_PIVOT = 1e-7
 """Of unit columns: below it the rounding of fp32 entries is all that is left."""
