@@ -118,6 +118,29 @@ PROBES = (
         code="import triton\nversion = triton.__version__",
     ),
     Probe(
+        name="came-pytorch",
+        extra="optimizers",
+        purpose="optimizer.name: came",
+        module="came_pytorch",
+        code="import importlib.metadata\nfrom came_pytorch.CAME import CAME\n"
+        "version = importlib.metadata.version('came-pytorch')",
+    ),
+    Probe(
+        name="torchao",
+        extra="optimizers",
+        purpose="optimizer.name: adamw8bit",
+        module="torchao",
+        code="import torchao\nfrom torchao.optim import AdamW8bit\nversion = torchao.__version__",
+    ),
+    Probe(
+        name="apollo-torch",
+        extra="apollo",
+        purpose="optimizer.name: apollo",
+        module="apollo_torch",
+        code="import importlib.metadata\nfrom apollo_torch import APOLLOAdamW\n"
+        "version = importlib.metadata.version('apollo-torch')",
+    ),
+    Probe(
         name="NVIDIA apex",
         extra="",
         purpose="fused optimizers on GPUs",

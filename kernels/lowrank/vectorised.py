@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 2**20
-"""Elements of a block on a CPU: with the few tensors made of it, it stays in the last cache; smaller ones start slower."""
+"""Elements of a block on a CPU: the few tensors made of it stay in the last cache; smaller ones only start more often."""
 
 
 class Share(NamedTuple):

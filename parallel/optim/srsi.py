@@ -64,8 +64,8 @@ def srsi(
 def orthonormal(y_bmc: Tensor, over_rows: Reduce = keep, first_row: int = 0) -> Tensor:
     """Orthonormal columns, of which the first j span what the first j of `y_bmc` span, for every j.
 
-    Cholesky QR with Gram matrices in fp64, twice where once could show in fp32. Columns that depend on those before them
-    become random ones that do not. c is at most m.
+    Cholesky QR with Gram matrices in fp64, twice where once could show in fp32. Columns that depend on those before
+    them become random ones that do not. c is at most m.
     """
     m, c = y_bmc.shape[1:]
     q_bmc, good_b, pivot = _cholesky_qr(y_bmc, over_rows)

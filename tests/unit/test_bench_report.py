@@ -91,6 +91,10 @@ def test_tables_show_rows_goals_and_notes():
     text = page.getvalue()
     assert "wastenot" in text and "speed" in text and "who" in text and "quick: left out nothing" in text
     assert "why not" not in text, "a column in which nothing stands is not shown"
+    report(rows=[{"contender": "apollo", "why_not": "pip install 'wastenot[apollo]'"}]).show(
+        Console(width=160, file=page)
+    )
+    assert "wastenot[apollo]" in page.getvalue(), "brackets are no markup"
 
 
 def test_every_round_runs_each_contender_once_and_warm_up_is_dropped():

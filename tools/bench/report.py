@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -134,4 +135,5 @@ def _cell(value: Any) -> str:
         if 0 < abs(value) < 1e-3:
             return f"{value:.0e}"
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return str(value)
+    # As it is written: brackets are markup to rich.
+    return escape(str(value))
