@@ -142,8 +142,20 @@ class InTurn(torch.optim.Optimizer):
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         super().__init__([group for part in parts for group in part.param_groups], {})
         self.parts = parts
-        for part in parts:
+        self._share()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; the parts go on with what was loaded."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def _share(self) -> None:
+        """Makes state and groups of the whole those of its parts."""
+        first = 0
+        for part in self.parts:
             part.state = self.state
+            part.param_groups = self.param_groups[first : first + len(part.param_groups)]
+            first += len(part.param_groups)
 
     def step(self, closure: Any = None) -> Any:
         """Steps every part; a closure is called once, before the first."""

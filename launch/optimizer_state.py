@@ -43,7 +43,7 @@ def measure(optimizer: torch.optim.Optimizer) -> OptimizerState:
     ranks = [rank for parameter, _ in held for rank in _ranks(optimizer, parameter)]
     return OptimizerState(
         num_bytes=state_bytes(optimizer),
-        parameters=sum(parameter.numel() for parameter, _ in held),
+        parameters=sum(_held(parameter) for parameter, _ in held),
         matrices=len(ranks),
         ranks=sum(ranks),
     )
@@ -68,6 +68,11 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def _ranks(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Sequence[int]:
     state = optimizer.state[parameter]
     return state["rank"].reshape(-1).tolist() if "Q" in state else []
+
+
+def _held(parameter: Tensor) -> int:
+    """Numbers of this rank's part."""
+    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()  # type: ignore[operator]
 
 
 def _bytes(value: Any) -> int:

@@ -184,6 +184,7 @@ def _lay_out(
             shape = (parameter.shape[0], *shape[1:])
         # torch's optimizers count steps on the CPU unless their kernel reads the count.
         group = groups[parameter]
-        on_host = not entry.shape and not (group.get("capturable") or group.get("fused"))
+        counts = key == "step" or part == _NUMBER
+        on_host = counts and not entry.shape and not (group.get("capturable") or group.get("fused"))
         device = torch.device("cpu") if on_host else parameter.device
         optimizer.state[parameter][key] = torch.zeros(shape, dtype=entry.dtype, device=device)

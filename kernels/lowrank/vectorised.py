@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 2**20
-"""Elements of a block on a CPU: the few tensors made of it stay in the last cache; smaller ones only start more often."""
+"""Elements of a block on a CPU: the few tensors made of it stay in the last cache; smaller ones start more often."""
 
 
 class Share(NamedTuple):
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
     rows: slice
     shares: list[Share]
     moment_brn: Tensor
-    """Scaled second moment."""
+    """Second moment, clamped."""
     grad_brn: Tensor
 
     @property
@@ -44,13 +44,12 @@ Visit = Callable[[Tile], None]
 
 
 class SecondMoment:
-    """scale * V of b matrices, as an operator.
+    """V of b matrices, as an operator.
 
     Args:
         q_bmk, u_bnk: factors of the last step, in the dtype of the computation.
         grads: gradients [b_i, m, n] of any floating dtype, whose b_i sum to b.
         beta2: decay.
-        scale: factor on everything, so that squares of squares neither overflow nor vanish.
         clamp: whether negative entries of the product count as zero. Without it, products need no entry of it.
         tile: most elements that exist at once, but for one row: V is kept whole where it is no larger.
     """
@@ -61,12 +60,11 @@ class SecondMoment:
         u_bnk: Tensor,
         grads: Sequence[Tensor],
         beta2: float,
-        scale: float = 1.0,
         clamp: bool = True,
         tile: int = 2**22,
     ) -> None:
-        self.q_bmk, self.u_bkn, self.grads = q_bmk * (beta2 * scale), u_bnk.transpose(1, 2), grads
-        self.newest, self.clamp = (1 - beta2) * scale, clamp
+        self.q_bmk, self.u_bkn, self.grads = q_bmk * beta2, u_bnk.transpose(1, 2), grads
+        self.newest, self.clamp = 1 - beta2, clamp
         b, m, n = q_bmk.size(0), q_bmk.size(1), u_bnk.size(1)
         self.shape = (b, m, n)
         self._ends = list(accumulate(grad.size(0) for grad in grads))

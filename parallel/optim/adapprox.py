@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -131,6 +131,19 @@ class Adapprox(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("nonfinite", "expert_group", "tile", "skipped_steps")}
+        return super().__getstate__() | own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Also what loading a state_dict comes through: options that it lacks are this optimizer's own.
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self.__dict__.setdefault("_seconds", {})
+        self.__dict__.setdefault("_warned", set())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; state keeps its own dtypes. Raises ValueError for state of other shapes, and changes nothing."""
         _check_state(self.param_groups, state_dict)
@@ -152,10 +165,14 @@ class Adapprox(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        largest = self._largest_gradients()
-        if largest is None:
+        if not self._gradients_are_finite():
             self.skipped_steps += 1
             return loss
+        with torch.autocast(self._device().type, enabled=False):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         place = 0
         for group in self.param_groups:
             places = {parameter: place + i for i, parameter in enumerate(group["params"])}
@@ -173,11 +190,10 @@ class Adapprox(torch.optim.Optimizer):
                     self._took(parameter, start)
             for matrices in self._matrices(group, [p for p in present if "Q" in self.state[p]], places):
                 start = time.perf_counter()
-                FactoredStep(matrices, group, [largest[p] for p in matrices.parameters], self.tile).run()
+                FactoredStep(matrices, group, self.tile).run()
                 for parameter in matrices.parameters:
                     self._took(parameter, start, len(matrices.parameters))
                 self._warn(matrices, group)
-        return loss
 
     def report(self) -> list[ParameterReport]:
         """Rank, error, bytes and seconds of each parameter that has state, in their order."""
@@ -196,19 +212,19 @@ class Adapprox(torch.optim.Optimizer):
             state.update(new_factors(parameter, shards_of(parameter, group["sharding"] == "exact")))
         else:
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=wide(parameter.dtype))
-        state.update(new_momentum(parameter, group["momentum"]))
+        state.update(new_momentum(parameter, group["momentum"], as_matrix="Q" in state))
 
     def _matrices(self, group: dict[str, Any], present: list[Tensor], places: dict[Tensor, int]) -> list[Matrices]:
         """What is stepped together: small matrices of one shape as a stack, all else by itself."""
         exact = group["sharding"] == "exact"
-        alone: list[Matrices] = []
+        found: list[Matrices] = []
         together: dict[Any, list[Tensor]] = {}
         for parameter in present:
             shards = shards_of(parameter, exact)
-            if parameter.dim() == 3 and self.expert_group is not None and not shards.matrices:
-                shards = Shards(matrices=(self.expert_group,))
+            if parameter.dim() == 3 and self.expert_group is not None:
+                shards = replace(shards, matrices=(*shards.matrices, self.expert_group))
             if parameter.dim() != 2 or shards != Shards() or 2 * parameter.numel() > self.tile:
-                alone.append(Matrices([parameter], [self.state[parameter]], [places[parameter]], shards))
+                found.append(Matrices([parameter], [self.state[parameter]], [places[parameter]], shards))
                 continue
             step = self.state[parameter]["step"].item()
             together.setdefault((parameter.shape, parameter.dtype, parameter.device, step), []).append(parameter)
@@ -216,46 +232,50 @@ class Adapprox(torch.optim.Optimizer):
             count = self.tile // same[0].numel()
             for i in range(0, len(same), count):
                 some = same[i : i + count]
-                alone.append(Matrices(some, [self.state[p] for p in some], [places[p] for p in some], Shards()))
-        return alone
+                found.append(Matrices(some, [self.state[p] for p in some], [places[p] for p in some], Shards()))
+        return found
 
-    def _largest_gradients(self) -> dict[Tensor, float] | None:
-        """The largest magnitude of each gradient, over all its shards; None where the step is to be skipped."""
-        present: list[tuple[Tensor, Tensor, Shards]] = []
+    def _device(self) -> torch.device:
+        return next(local(p).device for group in self.param_groups for p in group["params"])
+
+    def _gradients_are_finite(self) -> bool:
+        """Whether all ranks may step; False where the step is to be skipped.
+
+        Raises on all ranks alike. A gradient whose square overflows counts as infinite.
+        """
+        present: list[tuple[Tensor, Tensor]] = []
+        stacks: list[tuple[Tensor, bool]] = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 align_gradient(parameter)
                 grad = parameter.grad
-                if grad is None:
-                    continue
-                if grad.is_sparse or grad.layout != torch.strided:
+                if grad is not None and (grad.is_sparse or grad.layout != torch.strided):
                     raise RuntimeError(f"{self._name(parameter)} has a sparse gradient; make it dense first")
-                present.append((parameter, grad, shards_of(parameter, True)))
-        if not present and self.expert_group is None:
-            return {}
-        norms = [
-            # Twenty times as fast as the norm.
-            torch.stack(torch.aminmax(part)).abs_().amax().to(wide(part.dtype))
-            if (part := local(grad)).numel()
-            else part.new_zeros((), dtype=wide(part.dtype))
-            for _, grad, _ in present
-        ]
-        for norm, (_, _, shards) in zip(norms, present, strict=True):
-            norm.nan_to_num_(nan=math.inf, posinf=math.inf)
-            shards.largest(norm)
-        device = local(self.param_groups[0]["params"][0]).device
+                if grad is not None:
+                    present.append((parameter, grad))
+                if self.expert_group is not None and parameter.dim() == 3:
+                    stacks.append((parameter, grad is not None))
+        flags = [_is_too_large(local(grad), self._device()) for _, grad in present]
+        for flag, (parameter, _) in zip(flags, present, strict=True):
+            shards_of(parameter, True).largest(flag)
         # One more than there are: a rank may have none and still be asked.
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        values = torch.stack([zero, *(norm.double().to(device) for norm in norms)])
-        bad = values.isinf().any().float()
+        bad = torch.stack([torch.zeros((), device=self._device()), *flags])
+        wrong = bad.amax()
         if self.expert_group is not None:
-            dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=self.expert_group)
-        found = values[1:].tolist()
-        if not bad.item():
-            return {parameter: value for (parameter, _, _), value in zip(present, found, strict=True)}
+            has = torch.tensor([float(there) for _, there in stacks], device=bad.device)
+            told = torch.cat([wrong.view(1), has, 1 - has])
+            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.expert_group)
+            wrong, (some, others) = told[0], told[1:].view(2, -1)
+            torn = [name for (name, _), both in zip(stacks, (some * others).tolist(), strict=True) if both]
+            if torn:
+                raise RuntimeError(
+                    f"{self._name(torn[0])} has a gradient on some ranks of expert_group only; give the others zeros"
+                )
+        if not wrong.item():
+            return True
         if self.nonfinite == "skip":
-            return None
-        names = [self._name(present[i][0]) for i, value in enumerate(found) if math.isinf(value)]
+            return False
+        names = [self._name(present[i][0]) for i, value in enumerate(bad[1:].tolist()) if value]
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise FloatingPointError(
             f"NaN or infinite gradient of {shown or 'a parameter on another rank'}; nothing was stepped. Lower the "
@@ -282,7 +302,7 @@ class Adapprox(torch.optim.Optimizer):
                 warnings.warn(
                     f"{self._name(parameter)}: factors of the largest rank, {most}, leave an error of "
                     f"{xi.max().item():.2g}, above {group['rank_threshold']:g}; a larger max_rank would hold more",
-                    stacklevel=4,
+                    stacklevel=6,
                 )
 
     def _took(self, parameter: Tensor, start: float, shared: int = 1) -> None:
@@ -296,6 +316,15 @@ class Adapprox(torch.optim.Optimizer):
                     names = group.get("param_names")
                     return names[i] if names else f"parameter {i} of group {number}, {list(parameter.shape)}"
         return f"a parameter {list(parameter.shape)}"
+
+
+def _is_too_large(grad: Tensor, device: torch.device) -> Tensor:
+    """1 where an entry is NaN or infinite, or its square is; else 0."""
+    if not grad.numel():
+        return torch.zeros((), device=device)
+    # Twenty times as fast as the norm.
+    largest = torch.stack(torch.aminmax(grad)).to(wide(grad.dtype)).square_().amax()
+    return (~largest.isfinite()).float().to(device)
 
 
 _CHOICES = {
@@ -344,13 +373,16 @@ def _check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> No
     saved_counts = [len(group["params"]) for group in state_dict["param_groups"]]
     if counts != saved_counts:
         raise ValueError(f"the state is of groups of {saved_counts} parameters, these are {counts}")
+    if not all("rank_threshold" in group for group in state_dict["param_groups"]):
+        raise ValueError("the state is that of another optimizer; load the state of an Adapprox")
     for place, (parameter, saved) in enumerate(_saved_state(groups, state_dict)):
         part = as_matrices(parameter) if "Q" in saved and parameter.dim() >= 2 else None
         shapes = {key: tuple(local(value).shape) for key, value in saved.items()}
         fits = True
         if part is not None:
             lead = tuple(part.shape[:1]) if parameter.dim() == 3 else ()
-            fits = shapes["Q"][:-1] == (*lead, part.size(1)) and shapes["U"][:-1] == (*lead, part.size(2))
+            k = shapes["Q"][-1]
+            fits = shapes["Q"] == (*lead, part.size(1), k) and shapes["U"] == (*lead, part.size(2), k)
         elif "exp_avg_sq" in saved:
             fits = shapes["exp_avg_sq"] == tuple(local(parameter).shape)
         else:

@@ -7,7 +7,6 @@ where the iteration takes more rounds.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ...kernels.lowrank.vectorised import SecondMoment, Tile
 from .factors import as_matrices, matrix_size, read_factors, store_factors, wide
+from .guidance import guidance
 from .momentum import read, write
 from .noise import gaussian
 from .rank import K_INIT, max_rank, search
@@ -28,8 +28,6 @@ class Factors(NamedTuple):
 
     q_bmc: Tensor
     u_bnc: Tensor
-    xi_bc: Tensor
-    """Relative error of the first 1, 2, ... c columns; fp64."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +49,13 @@ class Matrices:
 class FactoredStep:
     """What one step holds between its two passes: V as an operator that measures first and then applies."""
 
-    def __init__(self, matrices: Matrices, group: dict[str, Any], largest: list[float], tile: int) -> None:
-        """`largest`: magnitude of the largest entry of each gradient."""
+    def __init__(self, matrices: Matrices, group: dict[str, Any], tile: int) -> None:
         self.matrices, self.group, self.shards = matrices, group, matrices.shards
         parameter = matrices.parameters[0]
         self.dtype = wide(parameter.dtype)
         size = matrix_size(parameter)
-        assert size is not None
+        if size is None:
+            raise RuntimeError(f"a parameter {list(parameter.shape)} had factors and is no longer contiguous")
         self.rows, self.columns = size if self.shards.exact else as_matrices(parameter).shape[1:]
         self.weights = [as_matrices(p) for p in matrices.parameters]
         grads = [as_matrices(p.grad) for p in matrices.parameters if p.grad is not None]
@@ -67,17 +65,12 @@ class FactoredStep:
         ]
         self.sizes = [weight.size(0) for weight in self.weights]
         self.guided = group["guidance"] and bool(self.momenta[0])
-        top = max(largest)
-        # Where squares of squares would leave fp32: a power of two, which rounds nothing.
-        usual = not top or 2.0**-20 < top < 2.0**20
-        self.exponent = 0 if usual else max(-60, min(60, math.frexp(top)[1]))
         self.q_bmk, self.u_bnk = _stacked(matrices.states)
         self.moment = SecondMoment(
             self.q_bmk,
             self.u_bnk,
             grads,
             group["betas"][1],
-            scale=2.0 ** (-2 * self.exponent),
             clamp=group["clamp"] == "exact",
             tile=tile,
         )
@@ -96,26 +89,30 @@ class FactoredStep:
         rank_b = torch.cat([local(state["rank"]).reshape(-1) for state in self.matrices.states])
         columns = min(most, max(K_INIT, self.u_bnk.size(2)))
         factors = self._iterate(columns, warm, 1 if warm else group["rounds"])
-        if self.searching:
-            # A matrix that asks for more than the columns it came with takes all rounds, and none of its neighbours:
-            # what becomes of it does not depend on what it is stepped with.
-            known = rank_b.tolist() if warm else [columns] * len(rank_b)
-            found = [
-                search(xi_c[:k], group["rank_threshold"], most)
-                for xi_c, k in zip(factors[2].tolist(), known, strict=True)
-            ]
-            while wanted := [rank for rank, done in found if not done]:
-                done_b = torch.tensor([done for _, done in found], device=rank_b.device)
-                again = self._iterate(max(wanted), warm, group["rounds"])
-                found = [
-                    (rank, True) if done else search(xi_c, group["rank_threshold"], most)
-                    for (rank, done), xi_c in zip(found, again[2].tolist(), strict=True)
-                ]
-                factors = _chosen(done_b, factors, again)
-            rank_b = torch.tensor([rank for rank, _ in found], dtype=torch.int64, device=rank_b.device)
-        self._store(*factors, rank_b)
+        if not self.searching:
+            self._store(factors, rank_b, torch.cat([local(state["xi"]).reshape(-1) for state in self.matrices.states]))
+            return
+        # A matrix that asks for more than the columns it came with takes all rounds, and none of its neighbours: what
+        # becomes of it does not depend on what it is stepped with.
+        known = rank_b.tolist() if warm else [columns] * len(rank_b)
+        threshold = group["rank_threshold"]
+        errors = [xi_c[:k] for xi_c, k in zip(self._errors(factors.u_bnc).tolist(), known, strict=True)]
+        found = [search(xi_c, threshold, most) for xi_c in errors]
+        while wanted := [rank for rank, done in found if not done]:
+            done_b = torch.tensor([done for _, done in found], device=rank_b.device)
+            again = self._iterate(max(wanted), warm, group["rounds"])
+            for i, xi_c in enumerate(self._errors(again.u_bnc).tolist()):
+                if not found[i][1]:
+                    errors[i], found[i] = xi_c, search(xi_c, threshold, most)
+            factors = _chosen(done_b, factors, again)
+        rank_b = torch.tensor([rank for rank, _ in found], dtype=torch.int64, device=rank_b.device)
+        xi = [xi_c[rank - 1] for xi_c, (rank, _) in zip(errors, found, strict=True)]
+        self._store(factors, rank_b, torch.tensor(xi, dtype=self.dtype, device=rank_b.device))
 
     def _iterate(self, columns: int, warm: bool, rounds: int) -> Factors:
+        b, m, n = self.moment.shape
+        if not self.shards.exact and m * n == 0:
+            return Factors(self.q_bmk.new_zeros(b, m, columns), self.q_bmk.new_zeros(b, n, columns))
         q_bmc, u_bnc = srsi(
             self,
             self._start(columns, warm),
@@ -125,17 +122,17 @@ class FactoredStep:
             first_row=self.shards.first_row,
             first_column=self.shards.first_column,
         )
-        return Factors(q_bmc, u_bnc, self._errors(u_bnc))
+        return Factors(q_bmc, u_bnc)
 
     # V as `srsi` needs it.
 
     def times(self, x_bnc: Tensor) -> Tensor:
-        """Scaled V X. The first call measures the update."""
+        """V X. The first call measures the update."""
         visit, self.measured = None if self.measured else self._measure, True
         return self.moment.times(x_bnc, visit)
 
     def transposed_times(self, y_bmc: Tensor) -> Tensor:
-        """Scaled V^T Y. The first call applies the update."""
+        """V^T Y. The first call applies the update."""
         if self.applied:
             return self.moment.transposed_times(y_bmc)
         self.applied = True
@@ -143,8 +140,8 @@ class FactoredStep:
         return self.moment.transposed_times(y_bmc, self._apply)
 
     def _update(self, tile: Tile) -> Tensor:
-        """M^ times 2^exponent, not clipped."""
-        root_brn = tile.moment_brn.sqrt().add_(math.ldexp(self.group["eps"], -self.exponent))
+        """M^, not clipped."""
+        root_brn = tile.moment_brn.sqrt().add_(self.group["eps"])
         return torch.div(tile.grad_brn, root_brn, out=root_brn)
 
     def _measure(self, tile: Tile) -> None:
@@ -152,7 +149,9 @@ class FactoredStep:
         if self.moment.is_kept:
             self.updates.append(update_brn)
         if self.searching:
-            self.sums_4b[0, where] += _products(tile.moment_brn, tile.moment_brn)
+            # Squares of squares would leave fp32.
+            wide_brn = tile.moment_brn.double()
+            self.sums_4b[0, where] += _products(wide_brn, wide_brn)
         self.sums_4b[1, where] += _products(update_brn, update_brn)
         if self.guided:
             average_brn = torch.cat([self._average(share.number, share.own, tile.rows) for share in tile.shares])
@@ -168,9 +167,8 @@ class FactoredStep:
         group = self.group
         self.shards.over_matrix(self.sums_4b)
         _, square_b, dot_b, old_b = self.sums_4b
-        unscale = 2.0**-self.exponent
-        rms_b = (square_b / (self.rows * self.columns)).sqrt() * unscale
-        clip_b = unscale / (rms_b / group["clip_threshold"]).clamp(min=1)
+        rms_b = (square_b / (self.rows * self.columns)).sqrt()
+        clip_b = 1 / (rms_b / group["clip_threshold"]).clamp(min=1)
         self.clip_b11 = clip_b.to(self.dtype).view(-1, 1, 1)
         step_b = torch.full_like(clip_b, group["lr"])
         if self.guided:
@@ -178,8 +176,7 @@ class FactoredStep:
             beta1 = group["betas"][0]
             update2_b, cross_b = square_b * clip_b**2, dot_b * clip_b
             new2_b = beta1**2 * old_b + 2 * beta1 * (1 - beta1) * cross_b + (1 - beta1) ** 2 * update2_b
-            cos_b = (beta1 * cross_b + (1 - beta1) * update2_b) / (update2_b * new2_b).sqrt().clamp(min=1e-300)
-            step_b *= (1 / (1 - cos_b + group["eps"]).clamp(min=1e-300)).clamp(0.5, 2)
+            step_b *= guidance(beta1 * cross_b + (1 - beta1) * update2_b, update2_b, new2_b, group["eps"])
         self.step_b11 = step_b.to(self.dtype).view(-1, 1, 1)
 
     def _apply(self, tile: Tile) -> None:
@@ -196,12 +193,13 @@ class FactoredStep:
                 write(momentum, rows, average_brn)
                 step_brn = average_brn
             weight_brn = self.weights[i][own, rows]
+            if self.guided:
+                step_b11 = self.step_b11[tile.matrices][inside]
+                weight_brn.mul_(1 - step_b11 * group["weight_decay"]).sub_(step_brn * step_b11)
+                continue
             if decay != 1:
                 weight_brn.mul_(decay)
-            if self.guided:
-                weight_brn.sub_(step_brn * self.step_b11[tile.matrices][inside])
-            else:
-                weight_brn.add_(step_brn, alpha=-group["lr"])
+            weight_brn.add_(step_brn, alpha=-group["lr"])
 
     def _start(self, columns: int, warm: bool) -> Tensor:
         """The last factors' columns, if warm, and random ones where there are none; [b, n, columns]."""
@@ -227,21 +225,15 @@ class FactoredStep:
         return [((seed * 1_000_003 + place) * 1_000_003 + steps) % 2**40 for place in self.matrices.places]
 
     def _errors(self, u_bnc: Tensor) -> Tensor:
-        """Relative error of the first 1, 2, ... c columns; fp64 [b, c]."""
+        """Relative error of the first 1, 2, ... c columns; fp64 [b, c], on the host."""
         # Q is orthonormal: what its columns hold of V^2 are the squares of U.
-        held_bc = self.shards.over_columns(u_bnc.double().square().sum(1)).cumsum(1)
-        whole_b1 = self.sums_4b[0].unsqueeze(1)
-        return (
-            (1 - held_bc / whole_b1.masked_fill(whole_b1 == 0, 1)).clamp_(min=0).sqrt_().masked_fill_(whole_b1 == 0, 0)
-        )
+        held_bc = self.shards.over_columns(u_bnc.double().square().sum(1)).cpu().cumsum(1)
+        whole_b1 = self.sums_4b[0].unsqueeze(1).cpu()
+        part_bc = held_bc / whole_b1.masked_fill(whole_b1 == 0, 1)
+        return (1 - part_bc).clamp_(min=0).sqrt_().masked_fill_(whole_b1 == 0, 0)
 
-    def _store(self, q_bmc: Tensor, u_bnc: Tensor, xi_bc: Tensor, rank_b: Tensor) -> None:
-        if self.searching:
-            xi_b = xi_bc.gather(1, rank_b.unsqueeze(1) - 1).squeeze(1).to(self.dtype)
-        else:
-            xi_b = torch.cat([local(state["xi"]).reshape(-1) for state in self.matrices.states])
-        # Unscaled by a power of two.
-        u_bnc = u_bnc * 2.0 ** (2 * self.exponent)
+    def _store(self, factors: Factors, rank_b: Tensor, xi_b: Tensor) -> None:
+        q_bmc, u_bnc = factors
         beyond_b1c = torch.arange(q_bmc.size(2), device=q_bmc.device) >= rank_b.view(-1, 1, 1)
         q_bmc, u_bnc = q_bmc.masked_fill(beyond_b1c, 0), u_bnc.masked_fill(beyond_b1c, 0)
         done = 0
@@ -281,10 +273,10 @@ def _stacked(states: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def _chosen(first_b: Tensor, first: Factors, second: Factors) -> Factors:
     """Of each matrix the first or the second, at the columns of the wider."""
-    columns = max(first.xi_bc.size(1), second.xi_bc.size(1))
+    columns = max(first.q_bmc.size(2), second.q_bmc.size(2))
     return Factors(
         *(
-            torch.where(first_b.view(-1, *[1] * (one.dim() - 1)), _widened(one, columns), _widened(other, columns))
+            torch.where(first_b.view(-1, 1, 1), _widened(one, columns), _widened(other, columns))
             for one, other in zip(first, second, strict=True)
         )
     )

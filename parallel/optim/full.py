@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .factors import wide
+from .guidance import guidance
 from .momentum import read, write
 from .shards import Shards, local
 
@@ -32,15 +33,19 @@ def step_full(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     size = math.prod(whole.size(dim) for dim in dims)
     clip = (squares / max(1, size)).sqrt().div_(group["clip_threshold"]).clamp_(min=1)
     update.div_(clip.to(dtype))
-    weight.mul_(1 - group["lr"] * group["weight_decay"])
-    if "exp_avg" not in state:
-        weight.add_(update, alpha=-group["lr"])
-        return
-    kept = {key: local(state[key]) for key in ("exp_avg", "exp_avg_scale") if key in state}
-    flat = {key: value.unsqueeze(0) if value.dim() < 2 else value for key, value in kept.items()}
-    if weight.dim() == 0:
-        flat = {key: value.reshape(1, -1) for key, value in kept.items()}
-    average = read(flat, _ALL, dtype)
-    average.lerp_(update.view_as(average), 1 - beta1)
-    write(flat, _ALL, average)
-    weight.add_(average.view_as(weight), alpha=-group["lr"])
+    step: float | Tensor = group["lr"]
+    if "exp_avg" in state:
+        kept = {key: local(state[key]) for key in ("exp_avg", "exp_avg_scale") if key in state}
+        flat = {key: value.reshape(1, -1) if weight.dim() < 2 else value for key, value in kept.items()}
+        average = read(flat, _ALL, dtype)
+        average.lerp_(update.view_as(average), 1 - beta1)
+        write(flat, _ALL, average)
+        average = average.view_as(weight)
+        if group["guidance"]:
+            pairs = ((update, average), (update, update), (average, average))
+            sums = [shards.over_matrix((a.double() * b).sum(dims, keepdim=True)) for a, b in pairs]
+            step = (guidance(sums[0], sums[1], sums[2], group["eps"]) * group["lr"]).to(dtype)
+        update = average
+    if group["weight_decay"]:
+        weight.mul_(1 - step * group["weight_decay"])
+    weight.sub_(update * step)

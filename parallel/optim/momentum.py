@@ -17,19 +17,24 @@ _BLOCK = 128
 _CODES = 127
 
 
-def new_momentum(like: Tensor, kind: Momentum) -> dict[str, Tensor]:
-    """State of a first moment of zeros, shaped as `like` [..., n], by name."""
+def new_momentum(like: Tensor, kind: Momentum, as_matrix: bool = False) -> dict[str, Tensor]:
+    """State of a first moment of zeros, shaped as `like` [..., n], by name.
+
+    as_matrix: a parameter of more than three dims is read and written as [m, all others].
+    """
     if kind == "none":
         return {}
     if kind == "int8":
-        return {"exp_avg": torch.zeros_like(like, dtype=torch.int8), "exp_avg_scale": _new_scales(like)}
+        return {"exp_avg": torch.zeros_like(like, dtype=torch.int8), "exp_avg_scale": _new_scales(like, as_matrix)}
     wide = torch.promote_types(like.dtype, torch.float32)
     return {"exp_avg": torch.zeros_like(like, dtype=torch.bfloat16 if kind == "bf16" else wide)}
 
 
-def _new_scales(like: Tensor) -> Tensor:
+def _new_scales(like: Tensor, as_matrix: bool) -> Tensor:
     """One for each block of a row; blocks do not reach over the columns of other ranks."""
     part = local(like)
+    if as_matrix and part.dim() > 3:
+        part = part.flatten(1)
     num_blocks = -(-part.size(-1) // _BLOCK) if part.dim() else 1
     scales = torch.zeros((*part.shape[:-1], num_blocks), dtype=torch.float32, device=part.device)
     if not isinstance(like, DTensor):

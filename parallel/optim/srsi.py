@@ -67,24 +67,40 @@ def orthonormal(y_bmc: Tensor, over_rows: Reduce = keep, first_row: int = 0) -> 
     Cholesky QR with Gram matrices in fp64, twice where once could show in fp32. Columns that depend on those before
     them become random ones that do not. c is at most m.
     """
-    m, c = y_bmc.shape[1:]
     q_bmc, good_b, pivot = _cholesky_qr(y_bmc, over_rows)
     if y_bmc.dtype == torch.float32 and bool(pivot > _ENOUGH):
         return q_bmc
+    short_b = good_b < y_bmc.size(2)
+    if bool(short_b.any()):
+        q_bmc[short_b] = _completed(y_bmc[short_b].double(), over_rows, first_row).to(y_bmc.dtype)
+    return _cholesky_qr(q_bmc, over_rows)[0]
+
+
+def _completed(y_bmc: Tensor, over_rows: Reduce, first_row: int) -> Tensor:
+    """Orthonormal columns of matrices of which some columns depend on those before them; fp64.
+
+    Raises FloatingPointError for entries that are no numbers.
+    """
+    m, c = y_bmc.shape[1:]
+    q_bmc, good_b, _ = _cholesky_qr(y_bmc, over_rows)
     column_c = torch.arange(c, device=y_bmc.device)
+    noise_1mc = gaussian((m, c), 0, y_bmc.device, torch.float64, first_row).unsqueeze(0)
     # Every turn makes at least one more column independent, most often all.
-    while bool((good_b < c).any()):
+    for _ in range(c):
+        if not bool((good_b < c).any()):
+            return q_bmc
         is_good_b1c = column_c < good_b.view(-1, 1, 1)
-        q_bmc = q_bmc.double()
         span_bmc = q_bmc * is_good_b1c
-        noise_1mc = gaussian((m, c), 0, y_bmc.device, torch.float64, first_row).unsqueeze(0)
         noise_bmc = _outside(_outside(noise_1mc, span_bmc, over_rows), span_bmc, over_rows)
         rest_bmc = _outside(q_bmc, span_bmc, over_rows)
-        is_noise_b1c = _lengths(rest_bmc, over_rows) < 2 * _LEAST_PIVOT * _lengths(q_bmc, over_rows)
+        # A column of zeros has no direction either.
+        is_noise_b1c = _lengths(rest_bmc, over_rows) <= 2 * _LEAST_PIVOT * _lengths(q_bmc, over_rows)
         is_noise_b1c |= column_c == good_b.view(-1, 1, 1)
         rest_bmc = torch.where(is_noise_b1c, noise_bmc, rest_bmc)
         q_bmc, good_b, _ = _cholesky_qr(torch.where(is_good_b1c, q_bmc, rest_bmc), over_rows)
-    return _cholesky_qr(q_bmc, over_rows)[0].to(y_bmc.dtype)
+    if bool((good_b < c).any()):
+        raise FloatingPointError("a second moment is not finite: gradients, or factors that were loaded, are not")
+    return q_bmc
 
 
 def _outside(y_bmc: Tensor, span_bmc: Tensor, over_rows: Reduce) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from wastenot.kernels.lowrank import SecondMoment, second_moment
 from wastenot.kernels.lowrank.vectorised import Tile
 from wastenot.parallel.optim import Adapprox
+from wastenot.parallel.optim import srsi as srsi_module
 from wastenot.parallel.optim.momentum import new_momentum, read, write
 from wastenot.parallel.optim.noise import gaussian
 from wastenot.parallel.optim.rank import growth, is_factored, max_rank, search
@@ -85,7 +88,7 @@ class Exact:
                     (update**2).sum(dims, keepdim=True) * (average**2).sum(dims, keepdim=True)
                 ).sqrt()
                 factor = at["lr"] * (1 / (1 - cos + at["eps"])).clamp(0.5, 2)
-            weight.sub_(factor * average + at["lr"] * at["decay"] * weight)
+            weight.sub_(factor * (average + at["decay"] * weight))
 
 
 SHAPES = [(20, 31), (3, 16, 24), (40, 12)]
@@ -108,7 +111,7 @@ def factored_at_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         {"clamp": "none"},
         {"clamp": "none", "tile": 50, "start": "gaussian"},
         {"clip_threshold": 0.3, "weight_decay": 0.1, "betas": (0.8, 0.99), "eps": 1e-4},
-        {"guidance": True},
+        {"guidance": True, "weight_decay": 0.1},
         {"guidance": True, "tile": 50},
     ],
     ids=str,
@@ -134,11 +137,12 @@ def test_at_full_rank_it_is_the_optimizer_with_the_exact_moment(options: dict[st
         assert torch.dist(moments(optimizer.state[parameter]), moment) < 1e-9 * moment.norm()
 
 
-def test_vectors_and_what_would_not_profit_keep_their_second_moment() -> None:
+@pytest.mark.parametrize("guidance", [False, True])
+def test_vectors_and_what_would_not_profit_keep_their_second_moment(guidance: bool) -> None:
     shapes = [(), (7,), (1, 9), (2, 2), (5, 3, 1)]
     parameters = fresh(*shapes)
-    optimizer = Adapprox(parameters, lr=1e-2, weight_decay=0.1)
-    exact = Exact(parameters, decay=0.1)
+    optimizer = Adapprox(parameters, lr=1e-2, weight_decay=0.1, guidance=guidance)
+    exact = Exact(parameters, decay=0.1, guidance=guidance)
     for step in range(12):
         steps(optimizer, parameters, 1, step)
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -222,7 +226,7 @@ def test_noise_is_a_function_of_its_place():
 def test_second_moment_in_tiles_equals_the_whole(b, m, n, k, tile, clamp, seed):
     q, u, grad = draw(seed, b, m, k), draw(seed + 1, b, n, k), draw(seed + 2, b, m, n)
     whole = second_moment(q, u, grad, 0.9, clamp)
-    moment = SecondMoment(q, u, [grad[:1], grad[1:]] if b > 1 else [grad], 0.9, clamp=clamp, tile=tile, scale=4.0)
+    moment = SecondMoment(q, u, [grad[:1], grad[1:]] if b > 1 else [grad], 0.9, clamp=clamp, tile=tile)
     x, y = draw(seed + 3, b, n, 2), draw(seed + 4, b, m, 2)
     seen = torch.zeros_like(grad)
 
@@ -230,10 +234,10 @@ def test_second_moment_in_tiles_equals_the_whole(b, m, n, k, tile, clamp, seed):
         assert t.moment_brn.numel() <= max(tile, n)
         seen[t.where] += t.moment_brn
 
-    torch.testing.assert_close(moment.times(x, visit), 4 * whole @ x)
-    torch.testing.assert_close(moment.transposed_times(y), 4 * whole.mT @ y)
+    torch.testing.assert_close(moment.times(x, visit), whole @ x)
+    torch.testing.assert_close(moment.transposed_times(y), whole.mT @ y)
     clamped = second_moment(q, u, grad, 0.9, True)
-    torch.testing.assert_close(seen, 4 * clamped)
+    torch.testing.assert_close(seen, clamped)
     assert (clamped >= 0.1 * grad.square() * (1 - 1e-12)).all()
 
 
@@ -610,3 +614,99 @@ def test_it_needs_nothing_else_of_wastenot():
     allowed = ("wastenot.parallel.optim", "wastenot.kernels.lowrank")
     others = [name for name in found if not name.startswith(allowed)]
     assert others == ["wastenot", "wastenot.kernels", "wastenot.parallel"]
+
+
+def test_an_expert_without_tokens_costs_a_few_turns_not_one_a_column(monkeypatch: pytest.MonkeyPatch):
+    turns = []
+    orthonormalise = srsi_module._cholesky_qr
+
+    def counted(*arguments: Any) -> Any:
+        turns.append(1)
+        return orthonormalise(*arguments)
+
+    monkeypatch.setattr(srsi_module, "_cholesky_qr", counted)
+    (stack,) = fresh((3, 64, 96), dtype=torch.float32)
+    optimizer = Adapprox([stack])
+    steps(optimizer, [stack], 1)
+    turns.clear()
+    for step in range(1, 4):
+        stack.grad = skewed(step, 3, 64, 96, dtype=torch.float32)
+        stack.grad[1] = 0
+        optimizer.step()
+    assert len(turns) <= 3 * 6
+    y = draw(0, 2, 30, 8).float()
+    y[1] = 0
+    turns.clear()
+    orthonormal(y)
+    assert len(turns) <= 4
+
+
+def test_what_is_no_number_ends_and_does_not_turn_for_ever():
+    with pytest.raises(FloatingPointError, match="second moment is not finite"):
+        orthonormal(torch.full((1, 5, 3), math.nan))
+    (parameter,) = fresh((20, 16), dtype=torch.float32)
+    optimizer = Adapprox([("w", parameter)])
+    parameter.grad = torch.full_like(parameter, 1e25)
+    with pytest.raises(FloatingPointError, match="infinite gradient of w"):
+        optimizer.step()
+
+
+def test_neighbours_and_history_of_other_sizes_do_not_hide_an_error():
+    small, alone, large = fresh((64, 48), (64, 48), (64, 48), dtype=torch.float32)
+    with torch.no_grad():
+        alone.copy_(small)
+    together, apart = Adapprox([small, large]), Adapprox([alone])
+    for step in range(2):
+        grad = draw(step, 64, 48, dtype=torch.float32)
+        small.grad, alone.grad, large.grad = 1e-11 * grad, 1e-11 * grad, 1e-3 * grad
+        together.step()
+        apart.step()
+    assert together.report()[0].ranks == apart.report()[0].ranks == (12,)
+    assert together.report()[0].xi == pytest.approx(apart.report()[0].xi, rel=1e-4)
+    spiky = Adapprox([large], betas=(0.9, 0.9))
+    for step in range(31):
+        large.grad = (1e10 if step == 2 else 1.0) * torch.ones(64, 1) * draw(0, 48, dtype=torch.float32)
+        spiky.step()
+    assert spiky.report()[0].ranks == (1,) and spiky.report()[0].xi[0] < 1e-2
+
+
+def test_int8_momentum_of_convolutions():
+    convolution = nn.Conv2d(32, 64, 3)
+    optimizer = Adapprox(convolution.parameters(), momentum="int8")
+    steps(optimizer, list(convolution.parameters()), 3)
+    assert optimizer.state[convolution.weight]["exp_avg"].shape == (64, 32, 3, 3)
+    assert optimizer.state[convolution.weight]["exp_avg_scale"].shape == (64, 3)
+    convolution.to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="no longer contiguous"):
+        steps(optimizer, list(convolution.parameters()), 1)
+
+
+def test_copies_step_as_the_original_does():
+    model = nn.Linear(24, 40)
+    optimizer = Adapprox(model.named_parameters(), tile=500)
+    steps(optimizer, list(model.parameters()), 3)
+    both, optimizer_too = copy.deepcopy((model, optimizer))
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert again.tile == 500 and again.skipped_steps == 0
+    steps(optimizer, list(model.parameters()), 3, 3)
+    steps(optimizer_too, list(both.parameters()), 3, 3)
+    steps(again, again.param_groups[0]["params"], 3, 3)
+    for a, b, c in zip(model.parameters(), both.parameters(), again.param_groups[0]["params"], strict=True):
+        assert a.equal(b) and a.equal(c)
+
+
+def test_autocast_and_empty_groups_do_not_matter():
+    one, other = fresh((24, 40), dtype=torch.float32), fresh((24, 40), dtype=torch.float32)
+    plain, wrapped = Adapprox(one), Adapprox([{"params": []}, {"params": other}])
+    steps(plain, one, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        steps(wrapped, other, 2)
+    assert one[0].equal(other[0])
+
+
+def test_state_of_adamw_is_refused():
+    parameters = fresh((24, 40), (3,))
+    adamw = torch.optim.AdamW(parameters)
+    steps(adamw, parameters, 1)
+    with pytest.raises(ValueError, match="another optimizer"):
+        Adapprox(parameters).load_state_dict(adamw.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from wastenot.launch import optimizer_config
 from wastenot.launch.config import DataConfig, LoopConfig, ScheduleConfig, TrainConfig
 from wastenot.launch.errors import UserError
-from wastenot.launch.optimizer import make_optimizer, set_learning_rate
+from wastenot.launch.optimizer import InTurn, make_optimizer, set_learning_rate
 from wastenot.launch.optimizer_config import (
     AdapproxConfig,
     ApolloConfig,
@@ -253,3 +254,23 @@ def test_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     saved = {"name": "adapprox", "adapprox": {"momentum": "int8"}}
     with pytest.raises(ValueError, match=r"momentum: fp32 cannot go on from the int8 of .*; use int8"):
         refuse_state_of_others(OptimizerConfig(name="adapprox"), saved, tmp_path)
+
+
+def test_parts_of_a_composite_go_on_with_what_was_loaded() -> None:
+    def made() -> tuple[list[torch.nn.Parameter], InTurn]:
+        both = [torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4))]
+        return both, InTurn(torch.optim.SGD(both[:1], lr=0.5, momentum=0.9), torch.optim.AdamW(both[1:], lr=0.5))
+
+    (parameters, optimizer), (others, again) = made(), made()
+    for parameter in (*parameters, *others):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        for parameter, other in zip(parameters, others, strict=True):
+            other.copy_(parameter)
+    set_learning_rate(again, 0.1)
+    set_learning_rate(optimizer, 0.1)
+    optimizer.step()
+    again.step()
+    assert all(parameter.equal(other) for parameter, other in zip(parameters, others, strict=True))
