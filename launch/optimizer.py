@@ -114,6 +114,7 @@ def _adapprox(model: Decoder, config: OptimizerConfig) -> torch.optim.Optimizer:
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         clip_threshold=own.clip_threshold,
+        bias_correction=own.bias_correction,
         momentum=own.momentum,
         start=own.start,
         max_rank=own.max_rank,

@@ -13,6 +13,8 @@ from typing import Any, Literal
 class AdapproxConfig:
     """Adapprox (METHODS A1-A9; arXiv 2403.14958): second moments of matrices as low-rank factors."""
 
+    bias_correction: bool = True
+    """As AdamW's; the paper has none, and longer first steps."""
     momentum: Literal["fp32", "bf16", "int8", "none"] = "fp32"
     """How the first moment is stored; `none` does without one."""
     start: Literal["warm", "gaussian"] = "warm"

@@ -26,8 +26,8 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, T
 class Adapprox(torch.optim.Optimizer):
     """AdamW's update, clipped, with its second moment in (m + n) k numbers a matrix instead of m n.
 
-        V = beta2 max(Q U^T, 0) + (1 - beta2) G^2        M^ = G / (sqrt(V) + eps),   M^ /= max(1, RMS(M^) / d)
-        M = beta1 M + (1 - beta1) M^                     W -= lr (M + weight_decay W)
+        V = beta2 max(Q U^T, 0) + (1 - beta2) G^2        M^ = G / (sqrt(V / c2) + eps),   M^ /= max(1, RMS(M^) / d)
+        M = beta1 M + (1 - beta1) M^                     W -= lr (M / c1 + weight_decay W),   c = 1 - beta^t
         Q, U = the best factors of V that a subspace iteration finds, of a rank that grows until they are near enough
 
     Matrices [m, n] and stacks of them [E, m, n] (experts, each with a rank of its own) are factored wherever factors
@@ -48,6 +48,7 @@ class Adapprox(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         clip_threshold: float = 1.0,
+        bias_correction: bool = True,
         momentum: Momentum = "fp32",
         start: Literal["warm", "gaussian"] = "warm",
         rounds: int = 5,
@@ -67,10 +68,12 @@ class Adapprox(torch.optim.Optimizer):
         Args:
             params: parameters, groups of them, or (name, parameter) pairs: errors and reports then have names.
             lr: learning rate.
-            betas: decay of both moments; there is no bias correction, the clip stands in for it.
+            betas: decay of both moments.
             eps: added to the square root.
             weight_decay: decoupled.
             clip_threshold: d, the largest root mean square of one matrix's update.
+            bias_correction: divides both moments by what they lack in the first steps, as AdamW does; the paper does
+                not, and the first 1 / (1 - beta2) steps are longer then, up to the clip.
             momentum: storage of the first moment: `fp32`, `bf16`, `int8` (blocks of 128), or `none`, which makes
                 beta1 0.
             start: `gaussian` is the paper's: `rounds` from random columns each step. `warm` takes one round from the
@@ -97,6 +100,7 @@ class Adapprox(torch.optim.Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "clip_threshold": clip_threshold,
+            "bias_correction": bias_correction,
             "momentum": momentum,
             "start": start,
             "rounds": rounds,

@@ -74,6 +74,7 @@ class FactoredStep:
             clamp=group["clamp"] == "exact",
             tile=tile,
         )
+        self.lacks1, self.lacks2 = bias(group, matrices.steps)
         b, device = self.moment.shape[0], self.q_bmk.device
         # Sums over each matrix: V^2, M^^2, M^ M and M^2.
         self.sums_4b = torch.zeros(4, b, dtype=torch.float64, device=device)
@@ -140,8 +141,8 @@ class FactoredStep:
         return self.moment.transposed_times(y_bmc, self._apply)
 
     def _update(self, tile: Tile) -> Tensor:
-        """M^, not clipped."""
-        root_brn = tile.moment_brn.sqrt().add_(self.group["eps"])
+        """M^ over sqrt(c2), not clipped."""
+        root_brn = tile.moment_brn.sqrt().add_(self.group["eps"] * self.lacks2**0.5)
         return torch.div(tile.grad_brn, root_brn, out=root_brn)
 
     def _measure(self, tile: Tile) -> None:
@@ -167,8 +168,10 @@ class FactoredStep:
         group = self.group
         self.shards.over_matrix(self.sums_4b)
         _, square_b, dot_b, old_b = self.sums_4b
-        rms_b = (square_b / (self.rows * self.columns)).sqrt()
-        clip_b = 1 / (rms_b / group["clip_threshold"]).clamp(min=1)
+        # Measured without the correction of V, which is one factor.
+        corrected = self.lacks2**0.5
+        rms_b = (square_b / (self.rows * self.columns)).sqrt() * corrected
+        clip_b = corrected / (rms_b / group["clip_threshold"]).clamp(min=1)
         self.clip_b11 = clip_b.to(self.dtype).view(-1, 1, 1)
         step_b = torch.full_like(clip_b, group["lr"])
         if self.guided:
@@ -195,11 +198,11 @@ class FactoredStep:
             weight_brn = self.weights[i][own, rows]
             if self.guided:
                 step_b11 = self.step_b11[tile.matrices][inside]
-                weight_brn.mul_(1 - step_b11 * group["weight_decay"]).sub_(step_brn * step_b11)
+                weight_brn.mul_(1 - step_b11 * group["weight_decay"]).sub_(step_brn * (step_b11 / self.lacks1))
                 continue
             if decay != 1:
                 weight_brn.mul_(decay)
-            weight_brn.add_(step_brn, alpha=-group["lr"])
+            weight_brn.add_(step_brn, alpha=-group["lr"] / self.lacks1)
 
     def _start(self, columns: int, warm: bool) -> Tensor:
         """The last factors' columns, if warm, and random ones where there are none; [b, n, columns]."""
@@ -257,6 +260,14 @@ class FactoredStep:
             return local(state["Q"]).size(-1)
         largest = rank_b.amax() if rank_b.numel() else torch.ones((), dtype=torch.int64, device=rank_b.device)
         return int(self.shards.largest_of_stack(largest).item())
+
+
+def bias(group: dict[str, Any], steps: int) -> tuple[float, float]:
+    """c1 and c2: the parts of themselves that the moments are after so many steps; 1 where that is not corrected."""
+    if not group["bias_correction"]:
+        return 1.0, 1.0
+    beta1, beta2 = group["betas"]
+    return 1.0 if group["momentum"] == "none" else 1 - beta1**steps, 1 - beta2**steps
 
 
 def _stacked(states: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:

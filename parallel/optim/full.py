@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .factored import bias
 from .factors import wide
 from .guidance import guidance
 from .momentum import read, write
@@ -24,7 +25,8 @@ def step_full(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     grad = local(parameter.grad).to(dtype)
     moment = local(state["exp_avg_sq"])
     moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    update = moment.sqrt().add_(group["eps"])
+    lacks1, lacks2 = bias(group, int(state["step"].item()))
+    update = moment.div(lacks2).sqrt_().add_(group["eps"])
     update = torch.div(grad, update, out=update)
     # Experts of a stack are clipped one by one.
     dims = (1, 2) if weight.dim() == 3 else tuple(range(weight.dim()))
@@ -45,7 +47,7 @@ def step_full(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]
             pairs = ((update, average), (update, update), (average, average))
             sums = [shards.over_matrix((a.double() * b).sum(dims, keepdim=True)) for a, b in pairs]
             step = (guidance(sums[0], sums[1], sums[2], group["eps"]) * group["lr"]).to(dtype)
-        update = average
+        update = average / lacks1
     if group["weight_decay"]:
         weight.mul_(1 - step * group["weight_decay"])
     weight.sub_(update * step)

@@ -25,16 +25,16 @@ def check() -> None:
     optimizer = Adapprox([parameter], lr=lr, betas=(beta1, beta2), weight_decay=decay)
     weight_mn = weight_mn.double()
     v_mn, m_mn = torch.zeros_like(weight_mn), torch.zeros_like(weight_mn)
-    for _ in range(12):
+    for step in range(1, 13):
         sign_mn = torch.randint(0, 2, (48, 80), generator=generator) * 2 - 1
         parameter.grad = (0.1 + a_m1) * (0.1 + b_1n) * sign_mn * torch.rand((), generator=generator)
         optimizer.step()
         grad_mn = parameter.grad.double()
         v_mn = beta2 * v_mn + (1 - beta2) * grad_mn**2
-        update_mn = grad_mn / (v_mn.sqrt() + 1e-8)
+        update_mn = grad_mn / ((v_mn / (1 - beta2**step)).sqrt() + 1e-8)
         update_mn /= update_mn.square().mean().sqrt().clamp(min=1)
         m_mn = beta1 * m_mn + (1 - beta1) * update_mn
-        weight_mn = weight_mn - lr * (m_mn + decay * weight_mn)
+        weight_mn = weight_mn - lr * (m_mn / (1 - beta1**step) + decay * weight_mn)
     error = ((parameter.detach().double() - weight_mn).norm() / weight_mn.norm()).item()
     # Written so that a NaN disagrees.
     if not error <= TOLERANCE:
