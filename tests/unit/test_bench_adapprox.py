@@ -85,7 +85,7 @@ def test_the_check_stops_a_benchmark_of_a_wrong_optimizer(monkeypatch: pytest.Mo
 
     class Wrong(Adapprox):
         def __init__(self, params, **options) -> None:
-            super().__init__(params, **{**options, "betas": (0.9, 0.98)})
+            super().__init__(params, **{**options, "betas": (0.9, 0.9)})
 
     monkeypatch.setattr(adapprox_check, "Adapprox", Wrong)
     with pytest.raises(DisagreementError, match="rank 1"):
