@@ -36,9 +36,9 @@ def figures(headline: Headline) -> list[tuple[str, str, str]]:
         ("filled", percent(headline.filled_ratio), "slots, per choice"),
         ("unserved", percent(headline.unserved_ratio), "of tokens"),
         (
-            "optimizer",
+            "optimizer bytes",
             decimals(headline.optimizer_bytes_per_parameter, 2),
-            f"bytes per parameter, {percent(headline.optimizer_part_of_adamw, 0)} of AdamW's",
+            f"per parameter, {percent(headline.optimizer_part_of_adamw, 0)} of AdamW's",
         ),
     ]
 
