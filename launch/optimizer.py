@@ -7,6 +7,7 @@ torchao's. Weight decay acts on matrices (also stacked ones), not on norms and b
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -107,21 +108,13 @@ def _adapprox(model: Decoder, config: OptimizerConfig) -> torch.optim.Optimizer:
 
     names = {p: name for name, p in model.named_parameters()}
     groups = _groups(_trained(model), config)
-    own = config.adapprox
     return Adapprox(
         [{**group, "params": [(names[p], p) for p in group["params"]]} for group in groups],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        clip_threshold=own.clip_threshold,
-        bias_correction=own.bias_correction,
-        momentum=own.momentum,
-        start=own.start,
-        max_rank=own.max_rank,
-        rank_threshold=own.rank_threshold,
-        rank_every=own.rank_every,
-        clamp=own.clamp,
-        guidance=own.guidance,
+        # Its section has the names of the optimizer's own options.
+        **asdict(config.adapprox),
         expert_group=model.mesh.expert.group,
     )
 

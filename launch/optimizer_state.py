@@ -40,7 +40,7 @@ class OptimizerState:
 def measure(optimizer: torch.optim.Optimizer) -> OptimizerState:
     """The state of `optimizer` on this rank; waits for the device where it holds ranks."""
     held = [(parameter, state) for parameter, state in optimizer.state.items() if state]
-    ranks = [rank for parameter, _ in held for rank in _ranks(optimizer, parameter)]
+    ranks = [rank for _, state in held if "Q" in state for rank in state["rank"].reshape(-1).tolist()]
     return OptimizerState(
         num_bytes=state_bytes(optimizer),
         parameters=sum(_held(parameter) for parameter, _ in held),
@@ -63,11 +63,6 @@ def by_parameter(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Of all tensors that `optimizer` keeps, also inside quantized ones and projectors."""
     return sum(_bytes(value) for state in optimizer.state.values() for value in state.values())
-
-
-def _ranks(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Sequence[int]:
-    state = optimizer.state[parameter]
-    return state["rank"].reshape(-1).tolist() if "Q" in state else []
 
 
 def _held(parameter: Tensor) -> int:

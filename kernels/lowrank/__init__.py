@@ -8,6 +8,6 @@ Suffixes: b matrices, m rows, n columns, k rank, c columns of a product, r rows 
 from __future__ import annotations
 
 from .naive import second_moment
-from .vectorised import SecondMoment
+from .vectorised import SecondMoment, Tile
 
-__all__ = ["SecondMoment", "second_moment"]
+__all__ = ["SecondMoment", "Tile", "second_moment"]

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .factored import FactoredStep, Matrices
-from .factors import as_matrices, matrix_size, new_factors, wide
+from .factors import as_matrices, is_stack, matrix_size, new_factors, wide
 from .full import step_full
 from .momentum import Momentum, new_momentum
 from .rank import is_factored, max_rank
 from .report import ParameterReport, report_of
-from .shards import Shards, align_gradient, local, shards_of
+from .shards import WHOLE, align_gradient, local, shards_of
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -225,9 +225,9 @@ class Adapprox(torch.optim.Optimizer):
         together: dict[Any, list[Tensor]] = {}
         for parameter in present:
             shards = shards_of(parameter, exact)
-            if parameter.dim() == 3 and self.expert_group is not None:
+            if is_stack(parameter) and self.expert_group is not None:
                 shards = replace(shards, matrices=(*shards.matrices, self.expert_group))
-            if parameter.dim() != 2 or shards != Shards() or 2 * parameter.numel() > self.tile:
+            if parameter.dim() != 2 or shards != WHOLE or 2 * parameter.numel() > self.tile:
                 found.append(Matrices([parameter], [self.state[parameter]], [places[parameter]], shards))
                 continue
             step = self.state[parameter]["step"].item()
@@ -236,7 +236,7 @@ class Adapprox(torch.optim.Optimizer):
             count = self.tile // same[0].numel()
             for i in range(0, len(same), count):
                 some = same[i : i + count]
-                found.append(Matrices(some, [self.state[p] for p in some], [places[p] for p in some], Shards()))
+                found.append(Matrices(some, [self.state[p] for p in some], [places[p] for p in some], WHOLE))
         return found
 
     def _device(self) -> torch.device:
@@ -257,16 +257,17 @@ class Adapprox(torch.optim.Optimizer):
                     raise RuntimeError(f"{self._name(parameter)} has a sparse gradient; make it dense first")
                 if grad is not None:
                     present.append((parameter, grad))
-                if self.expert_group is not None and parameter.dim() == 3:
+                if self.expert_group is not None and is_stack(parameter):
                     stacks.append((parameter, grad is not None))
-        flags = [_is_too_large(local(grad), self._device()) for _, grad in present]
+        device = self._device()
+        flags = [_is_too_large(local(grad), device) for _, grad in present]
         for flag, (parameter, _) in zip(flags, present, strict=True):
             shards_of(parameter, True).largest(flag)
         # One more than there are: a rank may have none and still be asked.
-        bad = torch.stack([torch.zeros((), device=self._device()), *flags])
+        bad = torch.stack([torch.zeros((), device=device), *flags])
         wrong = bad.amax()
         if self.expert_group is not None:
-            has = torch.tensor([float(there) for _, there in stacks], device=bad.device)
+            has = torch.tensor([float(there) for _, there in stacks], device=device)
             told = torch.cat([wrong.view(1), has, 1 - has])
             dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.expert_group)
             wrong, (some, others) = told[0], told[1:].view(2, -1)
@@ -384,7 +385,7 @@ def _check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> No
         shapes = {key: tuple(local(value).shape) for key, value in saved.items()}
         fits = True
         if part is not None:
-            lead = tuple(part.shape[:1]) if parameter.dim() == 3 else ()
+            lead = tuple(part.shape[:1]) if is_stack(parameter) else ()
             k = shapes["Q"][-1]
             fits = shapes["Q"] == (*lead, part.size(1), k) and shapes["U"] == (*lead, part.size(2), k)
         elif "exp_avg_sq" in saved:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.lowrank.vectorised import SecondMoment, Tile
+from ...kernels.lowrank import SecondMoment, Tile
+from .bias import bias
 from .factors import as_matrices, matrix_size, read_factors, store_factors, wide
 from .guidance import guidance
 from .momentum import read, write
@@ -155,13 +156,14 @@ class FactoredStep:
             self.sums_4b[0, where] += _products(wide_brn, wide_brn)
         self.sums_4b[1, where] += _products(update_brn, update_brn)
         if self.guided:
-            average_brn = torch.cat([self._average(share.number, share.own, tile.rows) for share in tile.shares])
+            averages = [read(self._momentum(i, own), tile.rows, self.dtype) for i, _, own in tile.shares]
+            average_brn = torch.cat(averages)
             self.sums_4b[2, where] += _products(update_brn, average_brn)
             self.sums_4b[3, where] += _products(average_brn, average_brn)
 
-    def _average(self, number: int, own: slice, rows: slice) -> Tensor:
-        """Rows of some matrices of the first moment of one parameter."""
-        return read({key: value[own] for key, value in self.momenta[number].items()}, rows, self.dtype)
+    def _momentum(self, number: int, own: slice) -> dict[str, Tensor]:
+        """The first moment of some matrices of one parameter, as it is stored; empty where there is none."""
+        return {key: value[own] for key, value in self.momenta[number].items()}
 
     def _weigh(self) -> None:
         """What each matrix's update is multiplied by: its clip; and its step: the learning rate with guidance."""
@@ -189,8 +191,7 @@ class FactoredStep:
         beta1, decay = group["betas"][0], 1 - group["lr"] * group["weight_decay"]
         for i, inside, own in tile.shares:
             step_brn = update_brn[inside]
-            if self.momenta[i]:
-                momentum = {key: value[own] for key, value in self.momenta[i].items()}
+            if momentum := self._momentum(i, own):
                 average_brn = read(momentum, rows, self.dtype)
                 average_brn.lerp_(step_brn, 1 - beta1)
                 write(momentum, rows, average_brn)
@@ -236,38 +237,20 @@ class FactoredStep:
         return (1 - part_bc).clamp_(min=0).sqrt_().masked_fill_(whole_b1 == 0, 0)
 
     def _store(self, factors: Factors, rank_b: Tensor, xi_b: Tensor) -> None:
-        q_bmc, u_bnc = factors
-        beyond_b1c = torch.arange(q_bmc.size(2), device=q_bmc.device) >= rank_b.view(-1, 1, 1)
-        q_bmc, u_bnc = q_bmc.masked_fill(beyond_b1c, 0), u_bnc.masked_fill(beyond_b1c, 0)
-        done = 0
-        for parameter, state, weight in zip(self.matrices.parameters, self.matrices.states, self.weights, strict=True):
-            part = slice(done, done + weight.size(0))
-            done = part.stop
-            room = self._room(rank_b[part], state, q_bmc.size(2))
-            store_factors(
-                state,
-                parameter,
-                self.shards,
-                _widened(q_bmc[part], room),
-                _widened(u_bnc[part], room),
-                rank_b[part],
-                xi_b[part],
-            )
+        parts = (part.split(self.sizes) for part in (*factors, rank_b, xi_b))
+        of_each = zip(self.matrices.parameters, self.matrices.states, *parts, strict=True)
+        for parameter, state, q_bmc, u_bnc, own_rank_b, own_xi_b in of_each:
+            room = self._room(own_rank_b, state)
+            beyond_b1k = torch.arange(room, device=q_bmc.device) >= own_rank_b.view(-1, 1, 1)
+            q_bmk, u_bnk = (_widened(factor, room).masked_fill(beyond_b1k, 0) for factor in (q_bmc, u_bnc))
+            store_factors(state, parameter, self.shards, q_bmk, u_bnk, own_rank_b, own_xi_b)
 
-    def _room(self, rank_b: Tensor, state: dict[str, Tensor], columns: int) -> int:
+    def _room(self, rank_b: Tensor, state: dict[str, Tensor]) -> int:
         """Columns that the factors of one parameter are stored with: the largest rank of its stack."""
         if not self.searching:
             return local(state["Q"]).size(-1)
         largest = rank_b.amax() if rank_b.numel() else torch.ones((), dtype=torch.int64, device=rank_b.device)
         return int(self.shards.largest_of_stack(largest).item())
-
-
-def bias(group: dict[str, Any], steps: int) -> tuple[float, float]:
-    """c1 and c2: the parts of themselves that the moments are after so many steps; 1 where that is not corrected."""
-    if not group["bias_correction"]:
-        return 1.0, 1.0
-    beta1, beta2 = group["betas"]
-    return 1.0 if group["momentum"] == "none" else 1 - beta1**steps, 1 - beta2**steps
 
 
 def _stacked(states: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -294,9 +277,9 @@ def _chosen(first_b: Tensor, first: Factors, second: Factors) -> Factors:
 
 
 def _widened(factor_bmk: Tensor, columns: int) -> Tensor:
-    """With zero columns added, or columns beyond `columns` cut off."""
+    """With zero columns added; or a view without those beyond `columns`."""
     missing = columns - factor_bmk.size(-1)
-    return torch.nn.functional.pad(factor_bmk, (0, missing)) if missing > 0 else factor_bmk[..., :columns].clone()
+    return torch.nn.functional.pad(factor_bmk, (0, missing)) if missing > 0 else factor_bmk[..., :columns]
 
 
 def _products(x_brn: Tensor, y_brn: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .factored import bias
-from .factors import wide
+from .bias import bias
+from .factors import is_stack, wide
 from .guidance import guidance
 from .momentum import read, write
 from .shards import Shards, local
@@ -29,7 +29,7 @@ def step_full(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     update = moment.div(lacks2).sqrt_().add_(group["eps"])
     update = torch.div(grad, update, out=update)
     # Experts of a stack are clipped one by one.
-    dims = (1, 2) if weight.dim() == 3 else tuple(range(weight.dim()))
+    dims = (1, 2) if is_stack(weight) else tuple(range(weight.dim()))
     squares = shards.over_matrix(update.double().square().sum(dims, keepdim=True))
     whole = parameter if shards.exact else weight
     size = math.prod(whole.size(dim) for dim in dims)

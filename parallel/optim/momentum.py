@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .factors import wide
 from .shards import as_part, local, shards_of
 
 Momentum = Literal["fp32", "bf16", "int8", "none"]
@@ -26,8 +27,7 @@ def new_momentum(like: Tensor, kind: Momentum, as_matrix: bool = False) -> dict[
         return {}
     if kind == "int8":
         return {"exp_avg": torch.zeros_like(like, dtype=torch.int8), "exp_avg_scale": _new_scales(like, as_matrix)}
-    wide = torch.promote_types(like.dtype, torch.float32)
-    return {"exp_avg": torch.zeros_like(like, dtype=torch.bfloat16 if kind == "bf16" else wide)}
+    return {"exp_avg": torch.zeros_like(like, dtype=torch.bfloat16 if kind == "bf16" else wide(like.dtype))}
 
 
 def _new_scales(like: Tensor, as_matrix: bool) -> Tensor:

@@ -20,20 +20,16 @@ from typing import Any, Literal
 import torch
 
 from ...launch.config import DataConfig, LogConfig, LoopConfig, ScheduleConfig, TrainConfig
-from ...launch.data import Samples, eval_windows
-from ...launch.memory import keep_freed_memory
-from ...launch.optimizer import make_optimizer
+from ...launch.data import eval_windows
 from ...launch.optimizer_config import AdapproxConfig, OptimizerConfig
-from ...launch.optimizer_state import state_bytes
+from ...launch.optimizer_state import measure
 from ...launch.run_folder import write_atomically
 from ...launch.settings import as_mapping
 from ...launch.shards import TokenShards
-from ...launch.step import Stepper
 from ...moe.config import ModelConfig, MoEConfig, RouterConfig
 from ...moe.decoder import Decoder, build_decoder
-from ...parallel.gradients import Gradients
 from ...parallel.mesh import single
-from ...parallel.optim import Adapprox
+from .kept_cells import kept, make_stepper, use_one_thread
 from .machine import end_with_parent
 from .rectify_cells import evaluate
 
@@ -116,11 +112,7 @@ def recipe(cell: Cell) -> dict[str, Any]:
 
 def finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
     """What `cell` came to, if it was run with its recipe; otherwise it is to be run again."""
-    path = folder / f"{cell.name}.json"
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result.get("recipe") == recipe(cell) else None
+    return kept(folder / f"{cell.name}.json", recipe(cell))
 
 
 def run_all(cells: Sequence[Cell], folder: Path, corpus: Path, workers: int, say: Callable[[str], None]) -> None:
@@ -144,10 +136,7 @@ def run_all(cells: Sequence[Cell], folder: Path, corpus: Path, workers: int, say
 
 def run_cell(cell: Cell, folder: Path, corpus: Path) -> None:
     """Trains and evaluates `cell` on one thread and writes what came of it to `folder`, in one step."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    torch.set_deterministic_debug_mode("error")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    use_one_thread()
     config = cell.config
     model = build_decoder(config.model, config.router, single(), seed=cell.seed)
     with warnings.catch_warnings():
@@ -164,9 +153,7 @@ def train(model: Decoder, config: TrainConfig, corpus: Path, every_window: bool)
     """
     held_out = eval_windows(TokenShards.open(corpus, "val"), config.data.seq_len)
     stride = max(1, len(held_out[0]) // CURVE_WINDOWS)
-    samples = Samples(TokenShards.open(corpus, "train"), config.data.seq_len, config.train.seed)
-    optimizer = make_optimizer(model, config.optimizer)
-    stepper = Stepper(config, single(), model, optimizer, Gradients(model, single(), 2**25), samples)
+    stepper = make_stepper(model, config, corpus)
     curve: list[dict[str, float]] = []
     taken, ranks = [], []
     seconds = cpu_seconds = 0.0
@@ -186,8 +173,9 @@ def train(model: Decoder, config: TrainConfig, corpus: Path, every_window: bool)
         if not result.applied:
             loss = None
             break
-        taken.append(state_bytes(optimizer))
-        ranks += [mean_rank(optimizer)] if isinstance(optimizer, Adapprox) else []
+        state = measure(stepper.optimizer)
+        taken.append(state.num_bytes)
+        ranks += [state.ranks / state.matrices] if state.matrices else []
     numbers = sum(p.numel() for p in model.parameters())
     return {
         "loss": loss if loss is not None and math.isfinite(loss) else None,
@@ -200,8 +188,3 @@ def train(model: Decoder, config: TrainConfig, corpus: Path, every_window: bool)
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
     }
-
-
-def mean_rank(optimizer: Adapprox) -> float:
-    """Over all factored matrices, experts one by one."""
-    return statistics.fmean(rank for each in optimizer.report() for rank in each.ranks)

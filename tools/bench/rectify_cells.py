@@ -22,19 +22,16 @@ from ...launch.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from ...launch.data import Samples, eval_windows
-from ...launch.memory import keep_freed_memory
-from ...launch.optimizer import make_optimizer
+from ...launch.data import eval_windows
 from ...launch.run_folder import write_atomically
 from ...launch.settings import as_mapping
 from ...launch.shards import TokenShards
-from ...launch.step import Stepper
 from ...moe.config import EmulateConfig, ModelConfig, RouterConfig
 from ...moe.decoder import Decoder, build_decoder
 from ...moe.ledger import SLOTS
 from ...moe.upcycle import upcycle_, upcycled_config
-from ...parallel.gradients import Gradients
 from ...parallel.mesh import single
+from .kept_cells import kept, make_stepper, use_one_thread
 from .rectify_methods import METHODS, Method, check_first_step, rectify_of
 
 RANKS = 4
@@ -106,19 +103,12 @@ def recipe(cell: Cell) -> dict[str, Any]:
 
 def finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
     """What `cell` came to, if it was run with its recipe; otherwise it is to be run again."""
-    path = folder / f"{cell.name}.json"
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result.get("recipe") == recipe(cell) else None
+    return kept(folder / f"{cell.name}.json", recipe(cell))
 
 
 def run_cell(cell: Cell, folder: Path, corpus: Path) -> None:
     """Trains and evaluates `cell` on one thread and writes what came of it to `folder`, in one step."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    torch.set_deterministic_debug_mode("error")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    use_one_thread()
     mesh, config = single(), cell.config
     model = build_decoder(config.model, config.router, mesh, seed=cell.seed)
     if cell.setting == "upcycled":
@@ -138,7 +128,7 @@ def train(model: Decoder, config: TrainConfig, corpus: Path) -> dict[str, Any]:
     """Trains `model`; its curve, its last evaluation, and what its slots were used for."""
     held_out = eval_windows(TokenShards.open(corpus, "val"), SEQ_LEN)
     stride = len(held_out[0]) // CURVE_WINDOWS
-    stepper = _make_stepper(model, config, corpus)
+    stepper = make_stepper(model, config, corpus)
     curve: list[dict[str, float]] = []
     rows, slots = 0, [0] * len(SLOTS)
     for step in range(config.train.steps + 1):
@@ -172,17 +162,11 @@ def check(cell: Cell, corpus: Path) -> None:
     """
     config = replace(cell.config, log=LogConfig(dir="unused", debug=True))
     fast, plain = (
-        _make_stepper(build_decoder(config.model, config.router, single(), seed=cell.seed, backend=b), config, corpus)
+        make_stepper(build_decoder(config.model, config.router, single(), seed=cell.seed, backend=b), config, corpus)
         for b in ("auto", "reference")
     )
     found, expected = (stepper.step(0, 0, stop=False) for stepper in (fast, plain))
     check_first_step(cell.name, (found.loss, found.grad_norm), (expected.loss, expected.grad_norm))
-
-
-def _make_stepper(model: Decoder, config: TrainConfig, corpus: Path) -> Stepper:
-    samples = Samples(TokenShards.open(corpus, "train"), SEQ_LEN, config.train.seed)
-    optimizer = make_optimizer(model, config.optimizer)
-    return Stepper(config, single(), model, optimizer, Gradients(model, single(), 2**25), samples)
 
 
 @torch.no_grad()
