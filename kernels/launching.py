@@ -35,7 +35,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         heard.append(Launch(kernel, grid, arguments, options))
         return
     device: torch.device = arguments[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    # To ask is cheaper than to change what need not change.
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[grid](*arguments, **options)
 
 

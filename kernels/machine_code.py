@@ -25,8 +25,11 @@ from triton.compiler import ASTSource
 
 from .combine import kernel as combine
 from .dispatch import kernel as dispatch
+from .gate import kernel as gate
 from .grouped_mm import kernel as grouped_mm
 from .launching import Launch, recorded
+from .lowrank import Step
+from .lowrank import kernel as lowrank
 from .route import kernel as route
 from .weigh import kernel as weigh
 
@@ -70,6 +73,9 @@ def compile_launch(launch: Launch, arch: int) -> MachineCode:
     for place, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
         if isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+            continue
         elif value == 1:
             # As at run time: a one is built in.
             signature[name], options[name] = "constexpr", 1
@@ -84,7 +90,7 @@ def compile_launch(launch: Launch, arch: int) -> MachineCode:
     assert compiled.asm["cubin"], launch
     registers, spilled = _usage(compiled.asm["ptx"], arch)
     types = ", ".join(signature[name] for name in names if signature[name].startswith("*"))
-    shown = {name: str(value) if name == "ACC" else value for name, value in launch.options.items()}
+    shown = {k: v if isinstance(v, (bool, int, str, tuple)) else str(v) for k, v in launch.options.items()}
     return MachineCode(launch.kernel.__name__, types, shown, arch, registers, spilled, compiled.metadata.shared)
 
 
@@ -110,20 +116,24 @@ def launches() -> list[Launch]:
                 _rows(dtype, width)
             for rows in (64, 65536):
                 _experts(dtype, rows)
-        gathered = torch.empty(4096, 2048, dtype=torch.uint8)
-        dispatch.gather(gathered, torch.empty(32768, dtype=torch.int64))
+        scattered = torch.empty(4096, 2048, dtype=torch.uint8)
+        dispatch.scatter(
+            scattered, torch.empty(32768, dtype=torch.int64), torch.empty(4096, 8, dtype=torch.int64), True
+        )
         _routes()
+        _moments()
     return list({_kind(launch): launch for launch in heard}.values())
 
 
 def _rows(dtype: torch.dtype, width: int) -> None:
     x_TD, source_R = torch.empty(4096, width, dtype=dtype), torch.empty(40000, dtype=torch.int64)
-    rows_RD = dispatch.gather(x_TD, source_R)
-    for k in (2, 8):
+    rows_RD = torch.empty(40000, width, dtype=dtype)
+    for k in (1, 2, 8, 9):
         position_TK, weights_TK = torch.empty(4096, k, dtype=torch.int64), torch.empty(4096, k)
+        dispatch.scatter(x_TD, source_R, position_TK, True)
         combine.sum_rows(rows_RD, None, position_TK)
         combine.sum_rows(rows_RD, weights_TK, position_TK)
-        combine.differentiate(x_TD, rows_RD, weights_TK, position_TK, source_R)
+        combine.differentiate(x_TD, rows_RD, weights_TK, position_TK, source_R, True)
 
 
 def _experts(dtype: torch.dtype, rows: int) -> None:
@@ -138,23 +148,48 @@ def _experts(dtype: torch.dtype, rows: int) -> None:
 def _routes() -> None:
     for experts, k, groups, top_groups in ((8, 2, 1, 1), (128, 8, 1, 1), (256, 8, 8, 4)):
         logits_TE = torch.empty(4096, experts)
+        gate.differentiate(
+            logits_TE, torch.empty(4096, 2048, dtype=torch.bfloat16), torch.empty(experts, 2048), gate.split
+        )
         for score in ("softmax", "sigmoid", "given"):
             for bias_E in (None, torch.empty(experts)):
                 _, chosen_TK = route.choose_fwd(logits_TE, bias_E, k, score, groups, top_groups)
         for score in ("softmax", "sigmoid"):
             for normalize, detach in ((True, True), (True, False), (False, True)):
                 for choices in (k, 1):
-                    times_TK = torch.empty(4096, choices, dtype=torch.int64)
-                    weights_TK = weigh.forward(logits_TE, times_TK, times_TK, score, normalize, 0)
-                    weigh.differentiate(weights_TK, logits_TE, times_TK, times_TK, score, normalize, detach, 0)
+                    experts_TK = torch.empty(4096, choices, dtype=torch.int64)
+                    for times_TK in (None, experts_TK):
+                        weights_TK = weigh.forward(logits_TE, experts_TK, times_TK, score, normalize, 0)
+                        weigh.differentiate(weights_TK, logits_TE, experts_TK, times_TK, score, normalize, detach, 0)
         for capacity in (None, 400):
             route.assign_fwd(chosen_TK, torch.empty(4096, dtype=torch.int32), experts, 1, capacity)
+
+
+def _moments() -> None:
+    b, m, n = 32, 7168, 2048
+    step = Step(torch.empty(b), 0.1, 1.0, 1e-3)
+    for rank in (16, 32, 64):
+        q_bmk, u_bnk = torch.empty(b, m, rank), torch.empty(b, n, rank)
+        for dtype in (torch.float32, torch.bfloat16):
+            grad = torch.empty(b, m, n, dtype=dtype)
+            for kind in (torch.float32, torch.bfloat16, torch.int8, None):
+                momentum = {} if kind is None else {"exp_avg": torch.empty(b, m, n, dtype=kind)}
+                if kind == torch.int8:
+                    momentum["exp_avg_scale"] = torch.empty(b, m, n // 128)
+                moment = lowrank.FusedMoment.of(q_bmk, u_bnk, [grad], [grad], [momentum], 0.95, 1e-8)
+                assert moment is not None
+                moment.times(u_bnk, True, True)
+                moment.times(u_bnk, True)
+                moment.times(u_bnk)
+                moment.transposed_times(q_bmk, step)
+                moment.transposed_times(q_bmk)
 
 
 def _kind(launch: Launch) -> tuple[Any, ...]:
     """What decides which code is compiled, near enough."""
     arguments = (
-        a.dtype if isinstance(a, torch.Tensor) else (a == 1, a % 16 == 0, abs(a) >= 2**31) for a in launch.arguments
+        a.dtype if isinstance(a, torch.Tensor) else isinstance(a, float) or (a == 1, a % 16 == 0, abs(a) >= 2**31)
+        for a in launch.arguments
     )
     return launch.kernel.__name__, *arguments, *map(str, launch.options.items())
 

@@ -25,9 +25,13 @@ ROW_TILES = (Tile(64, 1), Tile(256, 1), Tile(1024, 4))
 """All that are ever launched; at 1,024 two-byte values each thread moves 16 bytes at a time."""
 
 
-def row_tile(width: int) -> Tile:
-    """The smallest tile that holds a row of `width` values, or the largest, which then runs several times."""
-    return next((tile for tile in ROW_TILES if width <= tile.block), ROW_TILES[-1])
+COPY_TILES = (*ROW_TILES, Tile(2048, 4))
+"""For kernels that only move values: a thread has 16 bytes on their way more than once."""
+
+
+def row_tile(width: int, tiles: tuple[Tile, ...] = ROW_TILES) -> Tile:
+    """The smallest of `tiles` that holds a row of `width` values, or the largest, which then runs several times."""
+    return next((tile for tile in tiles if width <= tile.block), tiles[-1])
 
 
 def grid_of(rows: int, width: int, tile: Tile) -> tuple[int, int]:

@@ -116,6 +116,7 @@ def _adapprox(model: Decoder, config: OptimizerConfig) -> torch.optim.Optimizer:
         # Its section has the names of the optimizer's own options.
         **asdict(config.adapprox),
         expert_group=model.mesh.expert.group,
+        backend=model.backend,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -64,15 +65,15 @@ class Stepper:
         self.gradients.zero()
         local, shown = self._forward_backward(first_sample)
         norm = self.gradients.norm()
-        flags = torch.tensor([float(stop)], dtype=torch.float64, device=mesh.device)
+        flags = torch.full((1,), float(stop), dtype=torch.float64, device=mesh.device)
         losses = torch.stack([local["loss"], *shown.values()]).double()
         # A dense model has counts of nothing, and on the host.
         everything = torch.cat([losses, flags, local["counts"].to(losses).reshape(-1)])
         all_reduce(everything, mesh.world, "step-statistics", mesh.recorder)
-        loss, *means = everything[: len(losses)].tolist()
+        loss, *means, stops = everything[: len(losses) + 1].tolist()
         counts = everything[len(losses) + 1 :].view_as(local["counts"]).long()
         grad_norm = norm.item()
-        applied = bool(torch.isfinite(norm)) and loss == loss and abs(loss) != float("inf")
+        applied = math.isfinite(grad_norm) and math.isfinite(loss)
         if applied:
             self._apply(norm, counts)
         return StepResult(
@@ -83,7 +84,7 @@ class Stepper:
             counts=counts,
             local_counts=local["counts"],
             applied=applied,
-            stop_requested=everything[len(losses)].item() > 0,
+            stop_requested=stops > 0,
         )
 
     def _forward_backward(self, first_sample: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -98,7 +99,8 @@ class Stepper:
         for i in range(config.train.accumulate):
             # Consecutive blocks of the global order: rank r of any world size sees what emulated ranks would.
             windows = self.samples.take(first_sample + i * micro + mesh.world.rank * share, share)
-            tokens = torch.from_numpy(windows).to(mesh.device)
+            # Without waiting for what the device still has to do for the last micro-batch.
+            tokens = torch.from_numpy(windows).to(mesh.device, non_blocking=True)
             last = i == config.train.accumulate - 1
             with self.gradients.reduced() if last else nullcontext():
                 with computing_in(config.train.precision, mesh.device):

@@ -159,7 +159,8 @@ class Dispatcher:
         position_T1, source_L = _rows(expert_T1, stand_ins.slots_T.unsqueeze(1), counts_eB, num_rows)
         offsets_e = counts_eB.sum(1).cumsum(0, dtype=torch.int32)
         if stand_ins.bound is not None:
-            offsets_e[-1] = num_rows  # empty rows go to the last expert, which makes nothing of them
+            # Empty rows go to the last expert, which makes nothing of them. To assign an item waits for the device.
+            offsets_e[-1:].fill_(num_rows)
         return LocalRows(position_T1, source_L, offsets_e, stand_ins.weight_T.unsqueeze(1))
 
     def start_dispatch(self, x_TD: Tensor, handle: DispatchHandle) -> Exchange:

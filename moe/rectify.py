@@ -127,8 +127,7 @@ def intra_gpu(routing: Routing, config: RouterConfig, own: OwnExperts, backend: 
         selected_T = needs_row_T | (selected_T & holds_TK.any(1))
     # A queue of their own for tokens without a row; who is where in a queue carries no meaning.
     queue_T1 = torch.where(needs_row_T, local_T, E).unsqueeze(1)
-    nobody_first_T = torch.zeros(T, dtype=torch.int32, device=device)
-    slots_T1, counts_BE = assign(queue_T1, nobody_first_T, E + 1, B, None, backend)
+    slots_T1, counts_BE = assign(queue_T1, None, E + 1, B, None, backend)
 
     experts_TL = torch.cat([routing.experts_TK, local_T.unsqueeze(1)], 1)
     # Values for tokens that lost nothing mean nothing.

@@ -12,10 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.backend import Backend
+from ..kernels.gate import gate
 from ..kernels.route import Score, assign, choose
 from .config import RouterConfig, nearest_divisor
 from .routing import Routing
@@ -131,15 +131,12 @@ class TopKRouter(nn.Module):
         self.register_buffer("bias_E", torch.zeros(num_experts))
 
     def logits(self, x_TD: Tensor, blocks: int) -> Tensor:
-        """Gate per block (R10): matrix products of other shapes may differ in the last bit."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        x_TD, weight = x_TD.to(wide), self.weight.to(wide)
+        """What the gate says of all experts, block by block (R10); [T, E] in fp32 or wider."""
         if self.training and self.config.jitter > 0:
+            x_TD = x_TD.to(torch.promote_types(self.weight.dtype, torch.float32))
             noise = torch.empty_like(x_TD).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
             x_TD = x_TD * noise
-        if blocks == 1:
-            return F.linear(x_TD, weight)
-        return torch.cat([F.linear(block, weight) for block in x_TD.chunk(blocks)])
+        return gate(x_TD, self.weight, blocks, self.backend)
 
     def forward(self, x_TD: Tensor, blocks: int = 1, dropless: bool = False) -> Routing:
         """Routes T tokens; `blocks` > 1 stands for that many source ranks of T / blocks tokens each (R10).

@@ -115,11 +115,11 @@ class Gradients:
 
     def norm(self) -> Tensor:
         """Global 2-norm over all ranks' parameters, each counted once; fp64, the same on every rank."""
-        dense = _squares(b.flat for b in self.dense)
-        local = _squares(b.flat for b in self.experts).to(self.mesh.device)
+        dense = _squares((b.flat for b in self.dense), self.mesh.device)
+        local = _squares((b.flat for b in self.experts), self.mesh.device)
         if self.experts:
             all_reduce(local, self.mesh.expert, "gradient-norm", self.mesh.recorder)
-        return (dense.to(self.mesh.device) + local).sqrt()
+        return (dense + local).sqrt()
 
     def scale(self, factor: Tensor | float) -> None:
         """Multiplies every gradient by `factor`."""
@@ -131,11 +131,11 @@ class Gradients:
         self.scale((limit / (norm + 1e-6)).clamp(max=1.0).to(torch.float32))
 
 
-def _squares(flats: Iterable[Tensor]) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
+def _squares(flats: Iterable[Tensor], device: torch.device) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for flat in flats:
         # Squared in fp64 only here: asking the norm itself for fp64 would copy the whole buffer.
-        total = total.to(flat.device) + torch.linalg.vector_norm(flat).double().square()
+        total = total + torch.linalg.vector_norm(flat).double().square()
     return total
 
 

@@ -36,7 +36,7 @@ def _combine(
     if found == "triton":
         from . import kernel
 
-        return kernel.combine(rows_RD, weights_TK, position_TK, source_R)
+        return kernel.combine(rows_RD, weights_TK, position_TK, source_R, may_be_empty)
     if found == "reference":
         return naive.combine(rows_RD, weights_TK, position_TK, source_R)
     return vectorised.combine(rows_RD, weights_TK, position_TK, source_R, may_be_empty)

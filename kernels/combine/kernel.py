@@ -12,7 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launching import launch
-from ..tiles import accumulator, dense_rows, grid_of, row_tile
+from ..operator import operator
+from ..tiles import accumulator, dense_rows, grid_of, pieces, power_of_two, row_tile
+
+_CLEARED = 16
+"""Rows that a program of `clear_padding` looks at."""
 
 
 @triton.jit
@@ -54,46 +58,59 @@ def combine_bwd(
     grad_rows_ptr,  # [R, D]
     grad_weights_ptr,  # [T, K]
     D,
+    K,
     grad_stride,
     row_stride,
-    K: tl.constexpr,
     ACC: tl.constexpr,
+    PAD_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PART: tl.constexpr,
 ):
     """grad_rows[position[t, k]] = weights[t, k] * grad[t]; grad_weights[t, k] = grad[t] . rows[position[t, k]].
 
-    Neighbouring programs share a token: its gradient comes from the cache for all but the first.
+    One program a token: its gradient is read once, and its K rows are on their way together.
     """
-    choice = tl.program_id(0).to(tl.int64)
-    token = choice // K
-    row = tl.load(position_ptr + choice)
-    weight = tl.load(weights_ptr + choice).to(ACC)
+    token = tl.program_id(0).to(tl.int64)
+    choice = tl.arange(0, PAD_K)
+    row = tl.load(position_ptr + token * K + choice, mask=choice < K, other=-1)[:, None]  # [PAD_K, 1]
+    weight = tl.load(weights_ptr + token * K + choice, mask=choice < K, other=0.0)[:, None].to(ACC)
     col = tl.arange(0, BLOCK_D)
-    dots = tl.zeros([BLOCK_D], ACC)
+    dots = tl.zeros([PAD_K, BLOCK_D // PART], ACC)
     for start in range(0, D, BLOCK_D):
         at = start + col
-        mask = (at < D) & (row >= 0)
-        grad = tl.load(grad_ptr + token * grad_stride + at, mask=mask, other=0.0).to(ACC)
-        value = tl.load(rows_ptr + row * row_stride + at, mask=mask, other=0.0).to(ACC)
-        tl.store(grad_rows_ptr + row * D + at, (weight * grad).to(grad_rows_ptr.dtype.element_ty), mask=mask)
-        dots += grad * value
-    tl.store(grad_weights_ptr + choice, tl.sum(dots, 0).to(grad_weights_ptr.dtype.element_ty))
+        grad = tl.load(grad_ptr + token * grad_stride + at, mask=at < D, other=0.0)[None, :].to(ACC)  # [1, BLOCK_D]
+        mask = (at < D)[None, :] & (row >= 0)
+        value = tl.load(rows_ptr + row * row_stride + at[None, :], mask=mask, other=0.0).to(ACC)  # [PAD_K, BLOCK_D]
+        grad_row = (weight * grad).to(grad_rows_ptr.dtype.element_ty)
+        tl.store(grad_rows_ptr + row * D + at[None, :], grad_row, mask=mask)
+        # A gradient that is not finite stays out of lost choices too.
+        products = tl.where(mask, grad * value, 0.0)
+        # What lies in one thread is summed at once: a thread has no registers for as many sums as values.
+        dots += tl.sum(tl.reshape(products, (PAD_K, BLOCK_D // PART, PART)), 2)
+    total = tl.sum(dots, 1).to(grad_weights_ptr.dtype.element_ty)
+    tl.store(grad_weights_ptr + token * K + choice, total, mask=choice < K)
 
 
 @triton.jit
 def clear_padding(
     out_ptr,  # [R, D]
     source_ptr,  # int64 [R]
+    R,
     D,
+    ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Zeros the rows without a token; the others are left alone, not even read."""
-    row = tl.program_id(0).to(tl.int64)
-    if tl.load(source_ptr + row) < 0:
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # In most programs every row has a token.
+    source = tl.load(source_ptr + row, mask=row < R, other=0)
+    if tl.min(source, 0) < 0:
         col = tl.arange(0, BLOCK_D)
         for start in range(0, D, BLOCK_D):
             at = start + col
-            tl.store(out_ptr + row * D + at, tl.zeros([BLOCK_D], out_ptr.dtype.element_ty), mask=at < D)
+            nothing = tl.zeros([ROWS, BLOCK_D], out_ptr.dtype.element_ty)
+            mask = (source < 0)[:, None] & (at < D)[None, :]
+            tl.store(out_ptr + row[:, None] * D + at[None, :], nothing, mask=mask)
 
 
 def sum_rows(rows_RD: Tensor, weights_TK: Tensor | None, position_TK: Tensor) -> Tensor:
@@ -114,71 +131,64 @@ def sum_rows(rows_RD: Tensor, weights_TK: Tensor | None, position_TK: Tensor) ->
 
 
 def differentiate(
-    grad_TD: Tensor, rows_RD: Tensor, weights_TK: Tensor, position_TK: Tensor, source_R: Tensor
+    grad_TD: Tensor, rows_RD: Tensor, weights_TK: Tensor, position_TK: Tensor, source_R: Tensor, may_be_empty: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the rows [R, D], zero in those without a token, and of the weights [T, K]."""
-    D = rows_RD.size(1)
+    (T, K), D = weights_TK.shape, rows_RD.size(1)
     grad_RD, grad_TK = torch.empty_like(rows_RD, memory_format=torch.contiguous_format), torch.empty_like(weights_TK)
-    tile = row_tile(D)
     if grad_TK.numel():
         grad_TD, rows_RD, weights_TK = dense_rows(grad_TD), dense_rows(rows_RD), weights_TK.contiguous()
-        launch(combine_bwd, (grad_TK.numel(),),
+        pad_k = power_of_two(K)
+        # 32 values a thread: in bf16 four loads of 16 bytes, on their way together.
+        block = min(power_of_two(D), max(16, 4096 // pad_k), 1024)
+        launch(combine_bwd, (T,),
             grad_TD, rows_RD, weights_TK, position_TK.contiguous(), grad_RD, grad_TK,
-            D, grad_TD.stride(0), rows_RD.stride(0),
-            K=position_TK.size(1), ACC=accumulator(rows_RD, weights_TK), BLOCK_D=tile.block, num_warps=tile.warps,
+            D, K, grad_TD.stride(0), rows_RD.stride(0),
+            ACC=accumulator(rows_RD, weights_TK), PAD_K=pad_k, BLOCK_D=block, PART=min(8, block),
+            num_warps=1 if pad_k * block <= 1024 else 4,
         )  # fmt: skip
-    clear(grad_RD, source_R)
+    if may_be_empty:
+        clear(grad_RD, source_R)
     return grad_RD, grad_TK
 
 
 def clear(rows_RD: Tensor, source_R: Tensor) -> None:
     """Zeros the rows whose source is below 0, in place."""
+    R, D = rows_RD.shape
     if rows_RD.numel():
-        tile = row_tile(rows_RD.size(1))
-        launch(
-            clear_padding,
-            (rows_RD.size(0),),
-            rows_RD,
-            source_R.contiguous(),
-            rows_RD.size(1),
-            BLOCK_D=tile.block,
-            num_warps=tile.warps,
-        )
+        tile = row_tile(D)
+        launch(clear_padding, (pieces(R, _CLEARED),),
+            rows_RD, source_R.contiguous(), R, D, ROWS=_CLEARED, BLOCK_D=tile.block, num_warps=tile.warps,
+        )  # fmt: skip
 
 
-@torch.library.custom_op("wastenot::combine", mutates_args=())
-def _combine(rows_RD: Tensor, weights_TK: Tensor, position_TK: Tensor, source_R: Tensor) -> Tensor:
+def _forward(rows_RD: Tensor, weights_TK: Tensor, position_TK: Tensor, source_R: Tensor, may_be_empty: bool) -> Tensor:
     return sum_rows(rows_RD, weights_TK, position_TK)
 
 
-@_combine.register_fake
-def _(rows_RD: Tensor, weights_TK: Tensor, position_TK: Tensor, source_R: Tensor) -> Tensor:
+def _forward_fake(rows_RD, weights_TK, position_TK, source_R, may_be_empty):
     return rows_RD.new_empty(position_TK.size(0), rows_RD.size(1))
 
 
-@torch.library.custom_op("wastenot::combine_backward", mutates_args=())
-def _combine_backward(
-    grad_TD: Tensor, rows_RD: Tensor, weights_TK: Tensor, position_TK: Tensor, source_R: Tensor
-) -> tuple[Tensor, Tensor]:
-    return differentiate(grad_TD, rows_RD, weights_TK, position_TK, source_R)
-
-
-@_combine_backward.register_fake
-def _(grad_TD, rows_RD, weights_TK, position_TK, source_R):
+def _differentiate_fake(grad_TD, rows_RD, weights_TK, position_TK, source_R, may_be_empty):
     return torch.empty_like(rows_RD, memory_format=torch.contiguous_format), torch.empty_like(weights_TK)
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.may_be_empty = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad_TD: Tensor):
-    return *_combine_backward(grad_TD, *ctx.saved_tensors), None, None
+    return *_combine_backward(grad_TD, *ctx.saved_tensors, ctx.may_be_empty), None, None, None
 
 
-_combine.register_autograd(_backward, setup_context=_save)
+_combine_backward = operator("combine_backward", differentiate, _differentiate_fake)
+_combine = operator("combine", _forward, _forward_fake, _save, _backward)
 
 
-def combine(rows_RD: Tensor, weights_TK: Tensor, position_TK: Tensor, source_R: Tensor) -> Tensor:
-    """As `naive.combine`; differentiable once, in rows and weights."""
-    return _combine(rows_RD, weights_TK, position_TK, source_R)
+def combine(
+    rows_RD: Tensor, weights_TK: Tensor, position_TK: Tensor, source_R: Tensor, may_be_empty: bool = True
+) -> Tensor:
+    """As `naive.combine`; differentiable once, in rows and weights. `may_be_empty=False`: no source is -1."""
+    return _combine(rows_RD, weights_TK, position_TK, source_R, may_be_empty)

@@ -22,7 +22,7 @@ def permute(
     if found == "triton":
         from . import kernel
 
-        return kernel.permute(x_TD, source_R, position_TK)
+        return kernel.permute(x_TD, source_R, position_TK, may_be_empty)
     if found == "reference":
         return naive.permute(x_TD, source_R, position_TK)
     return vectorised.permute(x_TD, source_R, position_TK, may_be_empty)

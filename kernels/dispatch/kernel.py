@@ -1,4 +1,7 @@
-"""Tokens into rows in Triton: one read of every token that a row wants, one write of every row."""
+"""Tokens into rows in Triton: one read of every token that a row wants, one write of every row.
+
+A gather by rows would read each token K times, and not from the cache: its rows lie as far apart as its experts.
+"""
 
 from __future__ import annotations
 
@@ -7,65 +10,62 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..combine.kernel import sum_rows
+from ..combine.kernel import clear, sum_rows
 from ..launching import launch
-from ..tiles import dense_rows, grid_of, row_tile
+from ..operator import operator
+from ..tiles import COPY_TILES, dense_rows, grid_of, row_tile
 
 
 @triton.jit
-def gather_fwd(
+def scatter_fwd(
     x_ptr,  # [T, D]
-    source_ptr,  # int64 [R]
+    position_ptr,  # int64 [T, K]
     rows_ptr,  # [R, D]
     D,
     x_stride,
+    K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """rows[r] = x[source[r]], or zero where the source is below 0."""
-    row = tl.program_id(0).to(tl.int64)
+    """rows[position[t, k]] = x[t], where the position is not below 0."""
+    token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    token = tl.load(source_ptr + row)
-    value = tl.load(x_ptr + token * x_stride + col, mask=(col < D) & (token >= 0), other=0.0)
-    tl.store(rows_ptr + row * D + col, value, mask=col < D)
+    # All positions before the first store, which no load could overtake.
+    last = tl.load(position_ptr + token * K)
+    rows = (last,)
+    for k in tl.static_range(1, K):  # pyright: ignore[reportGeneralTypeIssues]
+        rows += (tl.load(position_ptr + token * K + k),)
+        last = tl.maximum(last, rows[k])
+    # A token without a row is not read.
+    value = tl.load(x_ptr + token * x_stride + col, mask=(col < D) & (last >= 0), other=0.0)
+    for k in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]
+        tl.store(rows_ptr + rows[k] * D + col, value, mask=(col < D) & (rows[k] >= 0))
 
 
-def gather(x_TD: Tensor, source_R: Tensor) -> Tensor:
-    """Row r is x_TD[source_R[r]], or zero where that is below 0; [R, D] of any dtype."""
+def scatter(x_TD: Tensor, source_R: Tensor, position_TK: Tensor, may_be_empty: bool) -> Tensor:
+    """Row position_TK[t, k] is x_TD[t]; rows without a token are zeros; [R, D] of any dtype."""
     R, D = source_R.numel(), x_TD.size(1)
     rows_RD = x_TD.new_empty(R, D)
-    if rows_RD.numel():
-        tile, x_TD = row_tile(D), dense_rows(x_TD)
-        launch(
-            gather_fwd,
-            grid_of(R, D, tile),
-            x_TD,
-            source_R.contiguous(),
-            rows_RD,
-            D,
-            x_TD.stride(0),
-            BLOCK_D=tile.block,
-            num_warps=tile.warps,
-        )
+    T, K = position_TK.shape
+    if position_TK.numel() and rows_RD.numel():
+        tile, x_TD = row_tile(D, COPY_TILES), dense_rows(x_TD)
+        launch(scatter_fwd, grid_of(T, D, tile),
+            x_TD, position_TK.contiguous(), rows_RD, D, x_TD.stride(0),
+            K=K, BLOCK_D=tile.block, num_warps=tile.warps,
+        )  # fmt: skip
+    if may_be_empty:
+        clear(rows_RD, source_R)
     return rows_RD
 
 
-@torch.library.custom_op("wastenot::permute", mutates_args=())
-def _permute(x_TD: Tensor, source_R: Tensor, position_TK: Tensor) -> Tensor:
-    return gather(x_TD, source_R)
-
-
-@_permute.register_fake
-def _(x_TD: Tensor, source_R: Tensor, position_TK: Tensor) -> Tensor:
+def _scatter_fake(x_TD, source_R, position_TK, may_be_empty):
     return x_TD.new_empty(source_R.numel(), x_TD.size(1))
 
 
-@torch.library.custom_op("wastenot::permute_backward", mutates_args=())
-def _permute_backward(grad_RD: Tensor, position_TK: Tensor) -> Tensor:
+def _gather_sums(grad_RD: Tensor, position_TK: Tensor) -> Tensor:
     return sum_rows(grad_RD, None, position_TK)
 
 
-@_permute_backward.register_fake
-def _(grad_RD: Tensor, position_TK: Tensor) -> Tensor:
+def _gather_sums_fake(grad_RD, position_TK):
     return grad_RD.new_empty(position_TK.size(0), grad_RD.size(1))
 
 
@@ -74,19 +74,23 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_RD: Tensor):
-    return _permute_backward(grad_RD, *ctx.saved_tensors), None, None
+    return _permute_backward(grad_RD, *ctx.saved_tensors), None, None, None
 
 
-_permute.register_autograd(_backward, setup_context=_save)
+_permute_backward = operator("permute_backward", _gather_sums, _gather_sums_fake)
+_permute = operator("permute", scatter, _scatter_fake, _save, _backward)
 
 
-def permute(x_TD: Tensor, source_R: Tensor, position_TK: Tensor) -> Tensor:
-    """As `naive.permute`; differentiable once. Eight-bit floats travel as bytes, without a gradient."""
+def permute(x_TD: Tensor, source_R: Tensor, position_TK: Tensor, may_be_empty: bool = True) -> Tensor:
+    """As `naive.permute`; differentiable once. Eight-bit floats travel as bytes, without a gradient.
+
+    `may_be_empty=False` promises that no source is -1; a position may be.
+    """
     if x_TD.element_size() == 1:
-        return _permute(x_TD.view(torch.uint8), source_R, position_TK).view(x_TD.dtype)
-    return _permute(x_TD, source_R, position_TK)
+        return _permute(x_TD.view(torch.uint8), source_R, position_TK, may_be_empty).view(x_TD.dtype)
+    return _permute(x_TD, source_R, position_TK, may_be_empty)
 
 
 def reorder(rows_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
     """As `naive.reorder`."""
-    return permute(rows_RD, order_R, inverse_R.unsqueeze(1))
+    return permute(rows_RD, order_R, inverse_R.unsqueeze(1), False)

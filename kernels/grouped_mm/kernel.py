@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launching import interpreted, launch
+from ..operator import operator
 from ..tiles import dense_rows, grid_of, pieces, power_of_two, row_tile
 
 
@@ -322,14 +323,12 @@ def _options(blocks: Blocks, x: Tensor, experts: int) -> dict[str, int | bool]:
     }
 
 
-@torch.library.custom_op("wastenot::grouped_swiglu", mutates_args=())
-def _grouped_swiglu(x_RD: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, offsets_e: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(x_RD: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, offsets_e: Tensor) -> tuple[Tensor, Tensor]:
     gate_up_R2F, hidden_RF = gate_up_product(x_RD, gate_up_e2FD, offsets_e)
     return product(hidden_RF, down_eDF, offsets_e), gate_up_R2F
 
 
-@_grouped_swiglu.register_fake
-def _(x_RD, gate_up_e2FD, down_eDF, offsets_e):
+def _forward_fake(x_RD, gate_up_e2FD, down_eDF, offsets_e):
     R = x_RD.size(0)
     return x_RD.new_empty(R, down_eDF.size(1)), x_RD.new_empty(R, gate_up_e2FD.size(1))
 
@@ -345,15 +344,7 @@ def differentiate(
     return product(grad_R2F, gate_up_e2FD.transpose(1, 2), offsets_e), grad_gate_up, grad_down
 
 
-@torch.library.custom_op("wastenot::grouped_swiglu_backward", mutates_args=())
-def _grouped_swiglu_backward(
-    grad_RD: Tensor, x_RD: Tensor, gate_up_R2F: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, offsets_e: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return differentiate(grad_RD, x_RD, gate_up_R2F, gate_up_e2FD, down_eDF, offsets_e)
-
-
-@_grouped_swiglu_backward.register_fake
-def _(grad_RD, x_RD, gate_up_R2F, gate_up_e2FD, down_eDF, offsets_e):
+def _differentiate_fake(grad_RD, x_RD, gate_up_R2F, gate_up_e2FD, down_eDF, offsets_e):
     return x_RD.new_empty(x_RD.shape), gate_up_e2FD.new_empty(gate_up_e2FD.shape), down_eDF.new_empty(down_eDF.shape)
 
 
@@ -367,7 +358,8 @@ def _backward(ctx, grad_RD: Tensor, _):
     return *_grouped_swiglu_backward(grad_RD, *ctx.saved_tensors), None
 
 
-_grouped_swiglu.register_autograd(_backward, setup_context=_save)
+_grouped_swiglu_backward = operator("grouped_swiglu_backward", differentiate, _differentiate_fake)
+_grouped_swiglu = operator("grouped_swiglu", _forward, _forward_fake, _save, _backward)
 
 
 def grouped_swiglu(x_RD: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, offsets_e: Tensor) -> Tensor:

@@ -7,7 +7,38 @@ Suffixes: b matrices, m rows, n columns, k rank, c columns of a product, r rows 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..backend import Backend, implementation
 from .naive import second_moment
+from .step import Step
 from .vectorised import SecondMoment, Tile
 
-__all__ = ["SecondMoment", "Tile", "second_moment"]
+if TYPE_CHECKING:
+    from .kernel import FusedMoment
+
+__all__ = ["SecondMoment", "Step", "Tile", "fused_moment", "second_moment"]
+
+
+def fused_moment(
+    q_bmk: Tensor,
+    u_bnk: Tensor,
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    momenta: Sequence[Mapping[str, Tensor]],
+    beta2: float,
+    eps: float,
+    backend: Backend = "auto",
+) -> FusedMoment | None:
+    """The second moment as Triton kernels that step weights in the same passes; see `kernel.FusedMoment.of`.
+
+    None where `backend` or the device has no Triton, and for what the kernels do not take.
+    """
+    if implementation(backend, q_bmk.device) != "triton":
+        return None
+    from .kernel import FusedMoment
+
+    return FusedMoment.of(q_bmk, u_bnk, grads, weights, momenta, beta2, eps)

@@ -67,12 +67,13 @@ def assign(
     found = implementation(backend, experts_TK.device)
     if found == "torch" and capacity is None:
         return vectorised.assign_all(experts_TK, num_experts, blocks)
-    if priority_T is None:
+    if priority_T is None and (capacity is not None or found == "reference"):
         priority_T = torch.zeros(experts_TK.size(0), dtype=torch.int32, device=experts_TK.device)
     if found == "triton":
         from . import kernel
 
         return kernel.assign(experts_TK, priority_T, num_experts, blocks, capacity)
+    assert priority_T is not None
     if found == "torch" and capacity is not None:
         return vectorised.assign(experts_TK, priority_T, num_experts, blocks, capacity)
     return naive.assign(experts_TK, priority_T, num_experts, blocks, capacity)

@@ -1,4 +1,4 @@
-"""Routing in Triton: scores, selection and slots. No atomics, no host synchronisation; ties go to the lower index.
+"""Routing in Triton: scores, selection and slots. No host synchronisation; ties go to the lower index.
 
 select_fwd   one program a token: softmax or sigmoid, selection bias, group limit, top-k
 count_fwd    how often each expert occurs in each piece of the queues
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launching import launch
+from ..operator import operator
 from ..tiles import accumulator, dense_rows, pieces, power_of_two
 
 PIECE = 64
@@ -90,14 +91,16 @@ def select_fwd(
 def _queue(experts_ptr, order_ptr, block, piece, size, K, ORDERED: tl.constexpr, PIECE: tl.constexpr):
     """A piece of a block's queue: whether each place is taken, the choice's offset, and its expert.
 
-    All first choices come before all second ones; within one rank of choice tokens stand in `order`.
+    ORDERED: all first choices come before all second ones, and within one rank of choice tokens stand in `order`; else
+    choices stand as they lie in memory.
     """
+    # In 32 bits, which divide faster; a queue is shorter than 2^31.
     place = piece * PIECE + tl.arange(0, PIECE)
     taken = place < size * K
-    token = place % size
+    choice = block * size * K + place
     if ORDERED:
-        token = tl.load(order_ptr + block * size + token, mask=taken, other=0)
-    choice = (block * size + token) * K + place // size
+        token = tl.load(order_ptr + block * size + place % size, mask=taken, other=0)
+        choice = (block * size + token) * K + place // size
     return taken, choice, tl.load(experts_ptr + choice, mask=taken, other=-1)
 
 
@@ -105,19 +108,20 @@ def _queue(experts_ptr, order_ptr, block, piece, size, K, ORDERED: tl.constexpr,
 def count_fwd(
     experts_ptr,  # int64 [T, K]
     order_ptr,  # int64 [blocks, size], or anything where not ORDERED
-    counts_ptr,  # int32 [blocks, E, pieces], zeros
+    counts_ptr,  # int32 [blocks, E, pieces]
     size,
     K,
     E,
     ORDERED: tl.constexpr,
     PIECE: tl.constexpr,
+    PAD_E: tl.constexpr,
 ):
     """counts[b, e, p] = how often expert e occurs in piece p of the queue of block b."""
-    piece, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    piece, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
     taken, _, expert = _queue(experts_ptr, order_ptr, block, piece, size, K, ORDERED, PIECE)  # pyright: ignore[reportGeneralTypeIssues]
-    number = tl.sum((expert[:, None] == expert[None, :]).to(tl.int32), 1)
-    # All choices of one expert write the same number.
-    tl.store(counts_ptr + (block * E + expert) * tl.num_programs(0) + piece, number, mask=taken)
+    number = tl.histogram(expert.to(tl.int32), PAD_E, mask=taken)
+    e = tl.arange(0, PAD_E)
+    tl.store(counts_ptr + (block * E + e) * tl.num_programs(0) + piece, number, mask=e < E)
 
 
 @triton.jit
@@ -126,6 +130,7 @@ def place_fwd(
     order_ptr,  # int64 [blocks, size], or anything where not ORDERED
     until_ptr,  # int32 [blocks, E, pieces]: the counts of all pieces up to and with p
     slots_ptr,  # int64 [T, K]
+    taken_ptr,  # int64 [blocks, E]
     size,
     K,
     E,
@@ -133,19 +138,28 @@ def place_fwd(
     LIMITED: tl.constexpr,
     ORDERED: tl.constexpr,
     PIECE: tl.constexpr,
+    PAD_E: tl.constexpr,
 ):
-    """slots[choice] = choices of the same expert before it in the queue; -1 from `capacity` on, where LIMITED."""
-    piece, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    """slots[choice] = choices of the same expert before it in the queue; -1 from `capacity` on, where LIMITED.
+
+    The last piece also says how many slots are taken.
+    """
+    piece, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pieces = tl.num_programs(0)
     taken, choice, expert = _queue(experts_ptr, order_ptr, block, piece, size, K, ORDERED, PIECE)  # pyright: ignore[reportGeneralTypeIssues]
     index = tl.arange(0, PIECE)
     same = (expert[:, None] == expert[None, :]) & (index[None, :] < index[:, None])
-    before = tl.load(
-        until_ptr + (block * E + expert) * tl.num_programs(0) + piece - 1, mask=taken & (piece > 0), other=0
-    )
+    before = tl.load(until_ptr + (block * E + expert) * pieces + piece - 1, mask=taken & (piece > 0), other=0)
     slot = (before + tl.sum(same.to(tl.int32), 1)).to(tl.int64)
     if LIMITED:
         slot = tl.where(slot < capacity, slot, -1)
     tl.store(slots_ptr + choice, slot, mask=taken)
+    if piece == pieces - 1:
+        e = tl.arange(0, PAD_E)
+        total = tl.load(until_ptr + (block * E + e) * pieces + piece, mask=e < E, other=0).to(tl.int64)
+        if LIMITED:
+            total = tl.minimum(total, capacity)
+        tl.store(taken_ptr + block * E + e, total, mask=e < E)
 
 
 def choose_fwd(
@@ -171,15 +185,7 @@ def choose_fwd(
     return scores_TE, chosen_TK
 
 
-@torch.library.custom_op("wastenot::choose", mutates_args=())
-def _choose(
-    logits_TE: Tensor, bias_E: Tensor | None, k: int, score: str, groups: int, top_groups: int
-) -> tuple[Tensor, Tensor]:
-    return choose_fwd(logits_TE, bias_E, k, score, groups, top_groups)
-
-
-@_choose.register_fake
-def _(logits_TE, bias_E, k, score, groups, top_groups):
+def _choose_fake(logits_TE, bias_E, k, score, groups, top_groups):
     scores_TE = torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
     return scores_TE, logits_TE.new_empty(logits_TE.size(0), k, dtype=torch.int64)
 
@@ -200,7 +206,7 @@ def _backward(ctx, grad_TE: Tensor, _):
     return grad, None, None, None, None, None
 
 
-_choose.register_autograd(_backward, setup_context=_save)
+_choose = operator("choose", choose_fwd, _choose_fake, _save, _backward)
 
 
 def choose(
@@ -210,52 +216,42 @@ def choose(
     return _choose(logits_TE, bias_E, k, score, groups, top_groups)
 
 
-@torch.library.custom_op("wastenot::assign", mutates_args=())
-def assign(
-    experts_TK: Tensor, priority_T: Tensor, num_experts: int, blocks: int, capacity: int | None
+def assign_fwd(
+    experts_TK: Tensor, priority_T: Tensor | None, num_experts: int, blocks: int, capacity: int | None
 ) -> tuple[Tensor, Tensor]:
-    """As `naive.assign`."""
-    return assign_fwd(experts_TK, priority_T, num_experts, blocks, capacity)
+    """Slots and counts of `naive.assign`; a priority only where there is a capacity."""
+    (T, K), E, device = experts_TK.shape, num_experts, experts_TK.device
+    size = T // blocks
+    experts_TK = experts_TK.contiguous()
+    slots_TK = torch.empty(T, K, dtype=torch.int64, device=device)
+    if slots_TK.numel() == 0:
+        return slots_TK, torch.zeros(blocks, E, dtype=torch.int64, device=device)
+    counts_BE = torch.empty(blocks, E, dtype=torch.int64, device=device)
+    order, limit = experts_TK, 0
+    if capacity is not None:
+        assert priority_T is not None
+        order, limit = priority_T.view(blocks, size).sort(dim=-1, descending=True, stable=True).indices, capacity
+    num_pieces = pieces(size * K, PIECE)
+    options = {"ORDERED": capacity is not None, "PIECE": PIECE, "PAD_E": power_of_two(E), "num_warps": 4}
+    counts_BEP = torch.empty(blocks, E, num_pieces, dtype=torch.int32, device=device)
+    launch(count_fwd, (num_pieces, blocks), experts_TK, order, counts_BEP, size, K, E, **options)
+    until_BEP = counts_BEP.cumsum(-1, dtype=torch.int32)
+    launch(place_fwd, (num_pieces, blocks),
+        experts_TK, order, until_BEP, slots_TK, counts_BE, size, K, E, limit,
+        LIMITED=capacity is not None, **options,
+    )  # fmt: skip
+    return slots_TK, counts_BE
 
 
-@assign.register_fake
-def _(experts_TK, priority_T, num_experts, blocks, capacity):
+def _assign_fake(experts_TK, priority_T, num_experts, blocks, capacity):
     return torch.empty_like(experts_TK), experts_TK.new_empty(blocks, num_experts)
 
 
-def assign_fwd(
-    experts_TK: Tensor, priority_T: Tensor, num_experts: int, blocks: int, capacity: int | None
+_assign = operator("assign", assign_fwd, _assign_fake)
+
+
+def assign(
+    experts_TK: Tensor, priority_T: Tensor | None, num_experts: int, blocks: int, capacity: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Slots and counts of `naive.assign`."""
-    T, K = experts_TK.shape
-    size, device = T // blocks, experts_TK.device
-    experts_TK = experts_TK.contiguous()
-    slots_TK = torch.empty(T, K, dtype=torch.int64, device=device)
-    num_pieces = pieces(size * K, PIECE)
-    counts_BEP = torch.zeros(blocks, num_experts, num_pieces, dtype=torch.int32, device=device)
-    if slots_TK.numel() == 0:
-        return slots_TK, counts_BEP.sum(-1)
-    order = experts_TK
-    if capacity is not None:
-        order = priority_T.view(blocks, size).sort(dim=-1, descending=True, stable=True).indices
-    shape = {"ORDERED": capacity is not None, "PIECE": PIECE, "num_warps": 4}
-    grid = (num_pieces, blocks)
-    launch(count_fwd, grid, experts_TK, order, counts_BEP, size, K, num_experts, **shape)
-    until_BEP = counts_BEP.cumsum(-1, dtype=torch.int32)
-    limit = 0 if capacity is None else capacity
-    launch(
-        place_fwd,
-        grid,
-        experts_TK,
-        order,
-        until_BEP,
-        slots_TK,
-        size,
-        K,
-        num_experts,
-        limit,
-        LIMITED=capacity is not None,
-        **shape,
-    )
-    counts_BE = until_BEP[..., -1].long()
-    return slots_TK, counts_BE if capacity is None else counts_BE.clamp(max=capacity)
+    """As `naive.assign`."""
+    return _assign(experts_TK, priority_T, num_experts, blocks, capacity)

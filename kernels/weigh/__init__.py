@@ -37,10 +37,10 @@ def weigh(
     found = implementation(backend, logits_TE.device)
     if found == "torch":
         return vectorised.weigh(logits_TE, experts_TK, times_TK, score, normalize, detach, always_counted)
-    if times_TK is None:
-        times_TK = torch.ones_like(experts_TK)
     if found == "triton":
         from . import kernel
 
         return kernel.weigh(logits_TE, experts_TK, times_TK, score, normalize, detach, always_counted)
+    if times_TK is None:
+        times_TK = torch.ones_like(experts_TK)
     return naive.weigh(logits_TE, experts_TK, times_TK, score, normalize, detach, always_counted)

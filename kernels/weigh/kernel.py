@@ -8,19 +8,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launching import launch
+from ..operator import operator
 from ..tiles import accumulator, dense_rows, power_of_two
 
 
 @triton.jit
 def _row(
     logits_ptr, experts_ptr, times_ptr, token, E, K, stride,
-    SOFTMAX: tl.constexpr, ACC: tl.constexpr, PAD_E: tl.constexpr, PAD_K: tl.constexpr,
+    SOFTMAX: tl.constexpr, ONCE: tl.constexpr, ACC: tl.constexpr, PAD_E: tl.constexpr, PAD_K: tl.constexpr,
 ):  # fmt: skip
     """A token's logits, and of its choices the expert, log(times * p), and times."""
     e, k = tl.arange(0, PAD_E), tl.arange(0, PAD_K)
     logits = tl.load(logits_ptr + token * stride + e, mask=e < E, other=float("-inf")).to(ACC)
     expert = tl.load(experts_ptr + token * K + k, mask=k < K, other=0)
-    times = tl.load(times_ptr + token * K + k, mask=k < K, other=0)
+    if ONCE:
+        times = (k < K).to(tl.int64)
+    else:
+        times = tl.load(times_ptr + token * K + k, mask=k < K, other=0)
     chosen = tl.load(logits_ptr + token * stride + expert).to(ACC)
     if SOFTMAX:
         most = tl.max(logits, 0)
@@ -49,12 +53,13 @@ def _shares(log_w, times, K, ALWAYS: tl.constexpr, PAD_K: tl.constexpr):
 def weigh_fwd(
     logits_ptr,  # [T, E]
     experts_ptr,  # int64 [T, K]
-    times_ptr,  # int64 [T, K]
+    times_ptr,  # int64 [T, K], or anything where ONCE
     weights_ptr,  # [T, K]
     E,
     K,
     logits_stride,
     SOFTMAX: tl.constexpr,
+    ONCE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ONE: tl.constexpr,
     ALWAYS: tl.constexpr,
@@ -62,10 +67,10 @@ def weigh_fwd(
     PAD_E: tl.constexpr,
     PAD_K: tl.constexpr,
 ):
-    """As `naive.weigh`; ONE: K is 1 and weights are normalised."""
+    """As `naive.weigh`; ONE: K is 1 and weights are normalised; ONCE: every choice serves one route."""
     token = tl.program_id(0).to(tl.int64)
     _, _, _, log_w, times = _row(  # pyright: ignore[reportGeneralTypeIssues]
-        logits_ptr, experts_ptr, times_ptr, token, E, K, logits_stride, SOFTMAX, ACC, PAD_E, PAD_K
+        logits_ptr, experts_ptr, times_ptr, token, E, K, logits_stride, SOFTMAX, ONCE, ACC, PAD_E, PAD_K
     )
     if ONE:
         weights = (times > 0).to(ACC)
@@ -83,12 +88,13 @@ def weigh_bwd(
     grad_ptr,  # [T, K]
     logits_ptr,  # [T, E]
     experts_ptr,  # int64 [T, K]
-    times_ptr,  # int64 [T, K]
+    times_ptr,  # int64 [T, K], or anything where ONCE
     grad_logits_ptr,  # [T, E]
     E,
     K,
     logits_stride,
     SOFTMAX: tl.constexpr,
+    ONCE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ONE: tl.constexpr,
     DETACH: tl.constexpr,
@@ -100,7 +106,7 @@ def weigh_bwd(
     """Gradient of the logits, through p of each choice and, unless DETACH, through the sum."""
     token = tl.program_id(0).to(tl.int64)
     logits, expert, chosen, log_w, times = _row(  # pyright: ignore[reportGeneralTypeIssues]
-        logits_ptr, experts_ptr, times_ptr, token, E, K, logits_stride, SOFTMAX, ACC, PAD_E, PAD_K
+        logits_ptr, experts_ptr, times_ptr, token, E, K, logits_stride, SOFTMAX, ONCE, ACC, PAD_E, PAD_K
     )
     e, k = tl.arange(0, PAD_E), tl.arange(0, PAD_K)
     grad = tl.load(grad_ptr + token * K + k, mask=k < K, other=0.0).to(ACC)
@@ -127,10 +133,11 @@ def weigh_bwd(
 
 
 def _options(
-    logits_TE: Tensor, K: int, score: str, normalize: bool, always_counted: int
+    logits_TE: Tensor, K: int, once: bool, score: str, normalize: bool, always_counted: int
 ) -> dict[str, int | bool | tl.dtype]:
     return {
         "SOFTMAX": score == "softmax",
+        "ONCE": once,
         "NORMALIZE": normalize,
         "ONE": normalize and K == 1,
         "ALWAYS": always_counted,
@@ -142,15 +149,17 @@ def _options(
 
 
 def forward(
-    logits_TE: Tensor, experts_TK: Tensor, times_TK: Tensor, score: str, normalize: bool, always_counted: int
+    logits_TE: Tensor, experts_TK: Tensor, times_TK: Tensor | None, score: str, normalize: bool, always_counted: int
 ) -> Tensor:
     """Weights [T, K] in the dtype of the logits."""
     weights_TK = torch.empty(experts_TK.shape, dtype=logits_TE.dtype, device=logits_TE.device)
     if weights_TK.numel():
         (T, K), logits_TE = experts_TK.shape, dense_rows(logits_TE)
-        options = _options(logits_TE, K, score, normalize, always_counted)
+        options = _options(logits_TE, K, times_TK is None, score, normalize, always_counted)
+        experts_TK = experts_TK.contiguous()
+        times = experts_TK if times_TK is None else times_TK.contiguous()
         launch(
-            weigh_fwd, (T,), logits_TE, experts_TK.contiguous(), times_TK.contiguous(), weights_TK,
+            weigh_fwd, (T,), logits_TE, experts_TK, times, weights_TK,
             logits_TE.size(1), K, logits_TE.stride(0), **options,
         )  # fmt: skip
     return weights_TK
@@ -160,7 +169,7 @@ def differentiate(
     grad_TK: Tensor,
     logits_TE: Tensor,
     experts_TK: Tensor,
-    times_TK: Tensor,
+    times_TK: Tensor | None,
     score: str,
     normalize: bool,
     detach: bool,
@@ -171,49 +180,33 @@ def differentiate(
     grad_TE = logits_TE.new_empty(T, E)
     if grad_TE.numel():
         logits_TE = dense_rows(logits_TE)
-        options = _options(logits_TE, K, score, normalize, always_counted)
+        options = _options(logits_TE, K, times_TK is None, score, normalize, always_counted)
+        experts_TK = experts_TK.contiguous()
+        times = experts_TK if times_TK is None else times_TK.contiguous()
         launch(
-            weigh_bwd, (T,), grad_TK.contiguous(), logits_TE, experts_TK.contiguous(), times_TK.contiguous(), grad_TE,
+            weigh_bwd, (T,), grad_TK.contiguous(), logits_TE, experts_TK, times, grad_TE,
             E, K, logits_TE.stride(0), DETACH=detach, **options,
         )  # fmt: skip
     return grad_TE
 
 
-@torch.library.custom_op("wastenot::weigh", mutates_args=())
-def weigh(
+def _forward(
     logits_TE: Tensor,
     experts_TK: Tensor,
-    times_TK: Tensor,
+    times_TK: Tensor | None,
     score: str,
     normalize: bool,
     detach: bool,
     always_counted: int,
 ) -> Tensor:
-    """As `naive.weigh`; differentiable once."""
     return forward(logits_TE, experts_TK, times_TK, score, normalize, always_counted)
 
 
-@weigh.register_fake
-def _(logits_TE, experts_TK, times_TK, score, normalize, detach, always_counted):
+def _forward_fake(logits_TE, experts_TK, times_TK, score, normalize, detach, always_counted):
     return logits_TE.new_empty(experts_TK.shape)
 
 
-@torch.library.custom_op("wastenot::weigh_backward", mutates_args=())
-def _weigh_backward(
-    grad_TK: Tensor,
-    logits_TE: Tensor,
-    experts_TK: Tensor,
-    times_TK: Tensor,
-    score: str,
-    normalize: bool,
-    detach: bool,
-    always_counted: int,
-) -> Tensor:
-    return differentiate(grad_TK, logits_TE, experts_TK, times_TK, score, normalize, detach, always_counted)
-
-
-@_weigh_backward.register_fake
-def _(grad_TK, logits_TE, experts_TK, times_TK, score, normalize, detach, always_counted):
+def _differentiate_fake(grad_TK, logits_TE, experts_TK, times_TK, score, normalize, detach, always_counted):
     return logits_TE.new_empty(logits_TE.shape)
 
 
@@ -226,4 +219,18 @@ def _backward(ctx, grad_TK: Tensor):
     return _weigh_backward(grad_TK, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
-weigh.register_autograd(_backward, setup_context=_save)
+_weigh_backward = operator("weigh_backward", differentiate, _differentiate_fake)
+_weigh = operator("weigh", _forward, _forward_fake, _save, _backward)
+
+
+def weigh(
+    logits_TE: Tensor,
+    experts_TK: Tensor,
+    times_TK: Tensor | None,
+    score: str,
+    normalize: bool,
+    detach: bool,
+    always_counted: int,
+) -> Tensor:
+    """As `naive.weigh`, where `times_TK` is; None: every choice serves one route. Differentiable once."""
+    return _weigh(logits_TE, experts_TK, times_TK, score, normalize, detach, always_counted)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.lowrank import SecondMoment, Tile
+from ...kernels.backend import Backend
+from ...kernels.lowrank import SecondMoment, Step, Tile, fused_moment
 from .bias import bias
 from .factors import as_matrices, matrix_size, read_factors, store_factors, wide
 from .guidance import guidance
@@ -50,7 +51,7 @@ class Matrices:
 class FactoredStep:
     """What one step holds between its two passes: V as an operator that measures first and then applies."""
 
-    def __init__(self, matrices: Matrices, group: dict[str, Any], tile: int) -> None:
+    def __init__(self, matrices: Matrices, group: dict[str, Any], tile: int, backend: Backend = "auto") -> None:
         self.matrices, self.group, self.shards = matrices, group, matrices.shards
         parameter = matrices.parameters[0]
         self.dtype = wide(parameter.dtype)
@@ -76,6 +77,10 @@ class FactoredStep:
             tile=tile,
         )
         self.lacks1, self.lacks2 = bias(group, matrices.steps)
+        self.fused = None
+        if group["clamp"] == "exact" and not self.guided:
+            beta2, eps = group["betas"][1], group["eps"] * self.lacks2**0.5
+            self.fused = fused_moment(self.q_bmk, self.u_bnk, grads, self.weights, self.momenta, beta2, eps, backend)
         b, device = self.moment.shape[0], self.q_bmk.device
         # Sums over each matrix: V^2, M^^2, M^ M and M^2.
         self.sums_4b = torch.zeros(4, b, dtype=torch.float64, device=device)
@@ -126,20 +131,33 @@ class FactoredStep:
         )
         return Factors(q_bmc, u_bnc)
 
+    def _as_one_step(self) -> Step:
+        """What the kernels need beside V."""
+        group = self.group
+        weigh_new = 1 - group["betas"][0] if self.momenta[0] else 1.0
+        decay = 1 - group["lr"] * group["weight_decay"]
+        return Step(self.clip_b11.flatten(), weigh_new, decay, group["lr"] / self.lacks1)
+
     # V as `srsi` needs it.
 
     def times(self, x_bnc: Tensor) -> Tensor:
         """V X. The first call measures the update."""
-        visit, self.measured = None if self.measured else self._measure, True
-        return self.moment.times(x_bnc, visit)
+        first, self.measured = not self.measured, True
+        if self.fused is not None and x_bnc.size(2) <= self.fused.most_columns:
+            y_bmc, updates_b, squares_b = self.fused.times(x_bnc, first, first and self.searching)
+            if first:
+                self.sums_4b[0], self.sums_4b[1] = squares_b, updates_b
+            return y_bmc
+        return self.moment.times(x_bnc, self._measure if first else None)
 
     def transposed_times(self, y_bmc: Tensor) -> Tensor:
         """V^T Y. The first call applies the update."""
-        if self.applied:
-            return self.moment.transposed_times(y_bmc)
-        self.applied = True
-        self._weigh()
-        return self.moment.transposed_times(y_bmc, self._apply)
+        first, self.applied = not self.applied, True
+        if first:
+            self._weigh()
+        if self.fused is not None and y_bmc.size(2) <= self.fused.most_columns:
+            return self.fused.transposed_times(y_bmc, self._as_one_step() if first else None)
+        return self.moment.transposed_times(y_bmc, self._apply if first else None)
 
     def _update(self, tile: Tile) -> Tensor:
         """M^ over sqrt(c2), not clipped."""
@@ -214,7 +232,7 @@ class FactoredStep:
         # Columns beyond a matrix's own rank are empty.
         is_empty_b1c = length_b1c == 0
         unit_bnc = warm_bnc / length_b1c.masked_fill_(is_empty_b1c, 1).to(self.dtype)
-        if unit_bnc.device.type == "cpu" and not bool(is_empty_b1c.any()):
+        if not bool(is_empty_b1c.any()):
             return unit_bnc
         return torch.where(is_empty_b1c, self._noise(columns) * self.columns**-0.5, unit_bnc)
 

@@ -67,8 +67,8 @@ def orthonormal(y_bmc: Tensor, over_rows: Reduce = keep, first_row: int = 0) -> 
     Cholesky QR with Gram matrices in fp64, twice where once could show in fp32. Columns that depend on those before
     them become random ones that do not. c is at most m.
     """
-    q_bmc, good_b, pivot = _cholesky_qr(y_bmc, over_rows)
-    if y_bmc.dtype == torch.float32 and bool(pivot > _ENOUGH):
+    q_bmc, good_b, is_enough = _cholesky_qr(y_bmc, over_rows)
+    if y_bmc.dtype == torch.float32 and is_enough:
         return q_bmc
     short_b = good_b < y_bmc.size(2)
     if bool(short_b.any()):
@@ -112,17 +112,16 @@ def _lengths(y_bmc: Tensor, over_rows: Reduce) -> Tensor:
     return over_rows(y_bmc.square().sum(1, keepdim=True)).sqrt_()
 
 
-def _cholesky_qr(y_bmc: Tensor, over_rows: Reduce) -> tuple[Tensor, Tensor, Tensor]:
+def _cholesky_qr(y_bmc: Tensor, over_rows: Reduce) -> tuple[Tensor, Tensor, bool]:
     """Y R^-1 with R^T R = Y^T Y for the leading columns that are independent, those after them as they are.
 
-    In the dtype of Y; computed in fp64, some rows at a time. Also returns how many these are, int64 [b], and the least
-    pivot of all, of columns of unit length.
+    In the dtype of Y; computed in fp64, some rows at a time. Also returns how many these are, int64 [b], and whether
+    all pivots, of columns of unit length, are large enough that fp32 shows no error.
     """
     b, c = y_bmc.size(0), y_bmc.size(2)
     gram_bcc = y_bmc.new_zeros(b, c, c, dtype=torch.float64)
     rows = max(1, _ENTRIES // max(1, b * c))
-    parts = y_bmc.split(rows, 1)
-    for part_brc in parts:
+    for part_brc in y_bmc.split(rows, 1):
         wide_brc = part_brc.double()
         gram_bcc.baddbmm_(wide_brc.mT, wide_brc)
     gram_bcc = over_rows(gram_bcc)
@@ -131,8 +130,11 @@ def _cholesky_qr(y_bmc: Tensor, over_rows: Reduce) -> tuple[Tensor, Tensor, Tens
     # As of columns of unit length: their sizes may be far apart.
     lower_bcc, info_b = torch.linalg.cholesky_ex(gram_bcc / (length_bc.unsqueeze(1) * length_bc.unsqueeze(2)))
     # A pivot of rounding noise is none.
-    column_c = torch.arange(c, device=y_bmc.device)
     pivot_bc = lower_bcc.diagonal(dim1=1, dim2=2)
+    if bool(((pivot_bc > _ENOUGH) & (info_b == 0).unsqueeze(1)).all()):
+        good_b = torch.full_like(info_b, c, dtype=torch.int64)
+        return _divided(y_bmc, lower_bcc.mT * length_bc.unsqueeze(1), rows), good_b, True
+    column_c = torch.arange(c, device=y_bmc.device)
     good_bc = pivot_bc > _LEAST_PIVOT
     good_bc &= (info_b == 0).unsqueeze(1) | (column_c < info_b.unsqueeze(1) - 1)
     good_b = good_bc.cumprod(1).sum(1)
@@ -140,11 +142,15 @@ def _cholesky_qr(y_bmc: Tensor, over_rows: Reduce) -> tuple[Tensor, Tensor, Tens
     both_bcc = is_good_bc.unsqueeze(1) & is_good_bc.unsqueeze(2)
     identity_cc = torch.eye(c, dtype=torch.float64, device=y_bmc.device)
     upper_bcc = torch.where(both_bcc, lower_bcc.mT * length_bc.unsqueeze(1), identity_cc)
+    return _divided(y_bmc, upper_bcc, rows), good_b, False
+
+
+def _divided(y_bmc: Tensor, upper_bcc: Tensor, rows: int) -> Tensor:
+    """Y R^-1 in the dtype of Y, `rows` at a time in that of R."""
     q_bmc = torch.empty_like(y_bmc)
-    for part_brc, out_brc in zip(parts, q_bmc.split(rows, 1), strict=True):
+    for part_brc, out_brc in zip(y_bmc.split(rows, 1), q_bmc.split(rows, 1), strict=True):
         out_brc.copy_(torch.linalg.solve_triangular(upper_bcc, part_brc.double(), upper=True, left=False))
-    pivot = torch.where(good_bc, pivot_bc, 0).amin() if pivot_bc.numel() else gram_bcc.new_ones(())
-    return q_bmc, good_b, pivot
+    return q_bmc
 
 
 _ENTRIES = 2**20

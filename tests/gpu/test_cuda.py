@@ -9,6 +9,7 @@ import torch
 from wastenot.kernels.combine import combine
 from wastenot.kernels.cross_entropy import linear_cross_entropy
 from wastenot.kernels.dispatch import permute
+from wastenot.kernels.gate import gate
 from wastenot.kernels.grouped_mm import grouped_swiglu
 from wastenot.kernels.route import assign, select
 from wastenot.launch.config import DataConfig, LoopConfig, ScheduleConfig, TrainConfig
@@ -37,9 +38,37 @@ def test_routing_decisions_are_those_of_the_cpu():
     priority_T = scores_TE.amax(-1)
     for capacity in (None, 20):
         slots, counts = assign(here, priority_T, 32, 2, capacity)
-        slots_gpu, counts_gpu = assign(there, priority_T.cuda(), 32, 2, capacity)
-        assert slots_gpu.cpu().equal(slots)
-        assert counts_gpu.cpu().equal(counts)
+        slots_gpu, counts_gpu = (t.cpu() for t in assign(there, priority_T.cuda(), 32, 2, capacity))
+        assert counts_gpu.equal(counts)
+        if capacity is not None:
+            assert slots_gpu.equal(slots)
+            continue
+        # Who is where in a queue is free then.
+        for block, chosen in enumerate(here.chunk(2)):
+            for expert in range(32):
+                queue = slots_gpu.chunk(2)[block][chosen == expert].sort().values
+                assert queue.equal(torch.arange(counts[block, expert])), "slots must be 0, 1, 2 ..."
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "experts", "width"), [(1000, 128, 2048), (63, 5, 100)])
+def test_logits_of_bf16_tokens_are_exact_to_fp32(tokens, experts, width, dtype, backend):
+    x_TD = draw(0, tokens, width).cuda().bfloat16().requires_grad_()
+    weight_ED = (0.02 * draw(1, experts, width)).cuda().to(dtype).requires_grad_()
+    grad_TE = draw(2, tokens, experts).cuda()
+    results = []
+    for compute in (lambda: gate(x_TD, weight_ED, backend=backend), lambda: x_TD.double() @ weight_ED.double().t()):
+        logits_TE = compute()
+        grads = torch.autograd.grad(logits_TE, (x_TD, weight_ED), grad_TE.to(logits_TE.dtype))
+        results.append((logits_TE, *grads))
+    (logits, grad_x, grad_weight), (exact, exact_x, exact_weight) = results
+    assert logits.dtype == torch.float32
+    # What rounding the weight to bf16, or to the mantissa of TF32, would miss by far.
+    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=5e-5)
+    torch.testing.assert_close(grad_x, exact_x, rtol=2**-7, atol=1e-4)
+    torch.testing.assert_close(grad_weight, exact_weight, rtol=2e-5 if dtype == torch.float32 else 2**-7, atol=2e-3)
+    assert logits.equal(gate(x_TD, weight_ED, backend=backend)), "the same product twice"
 
 
 def test_permute_and_combine_equal_the_cpu():

@@ -37,7 +37,7 @@ ROUTERS = {
 
 def layer_of(router: RouterConfig, dispatch: str, backend: Backend) -> MoELayer:
     def fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        tensor.copy_(torch.randn(tensor.shape, generator=generator, device=generator.device))
 
     mesh = single(DEVICE)
     with torch.device("meta"):

@@ -115,7 +115,8 @@ def test_offsets_beyond_two_to_the_31_are_reached(far_rows):
     position_TK = torch.tensor([[3, 0], [1, 2]], device=DEVICE)
     source_R = torch.tensor([0, 1, 1, 0], device=DEVICE)
     weights_TK = draw(1, 2, 2)
-    assert permute(far_rows, torch.tensor([3, 2], device=DEVICE), position_TK, backend="triton").equal(far_rows[[3, 2]])
+    only_TK = torch.tensor([[-1], [-1], [1], [0]], device=DEVICE)
+    assert permute(far_rows, torch.tensor([3, 2], device=DEVICE), only_TK, backend="triton").equal(far_rows[[3, 2]])
     results = []
     for rows, backend in ((far_rows, "triton"), (far_rows.clone(), "reference")):
         inputs = [rows.detach().requires_grad_(), weights_TK.clone().requires_grad_()]
@@ -166,8 +167,8 @@ def test_operators_pass_torchs_own_check(test):
     rows_RD, weights_TK = draw(1, 7, 8).requires_grad_(), draw(2, 3, 2).requires_grad_()
     ops = torch.ops.wastenot
     permute(x_TD, source_R, position_TK, backend="triton")  # registers
-    torch.library.opcheck(ops.permute.default, (x_TD, source_R, position_TK), test_utils=test)
+    torch.library.opcheck(ops.permute.default, (x_TD, source_R, position_TK, True), test_utils=test)
     torch.library.opcheck(ops.permute_backward.default, (draw(3, 7, 8), position_TK), test_utils=test)
-    torch.library.opcheck(ops.combine.default, (rows_RD, weights_TK, position_TK, source_R), test_utils=test)
-    detached = (draw(4, 3, 8), rows_RD.detach(), weights_TK.detach(), position_TK, source_R)
+    torch.library.opcheck(ops.combine.default, (rows_RD, weights_TK, position_TK, source_R, True), test_utils=test)
+    detached = (draw(4, 3, 8), rows_RD.detach(), weights_TK.detach(), position_TK, source_R, True)
     torch.library.opcheck(ops.combine_backward.default, detached, test_utils=test)

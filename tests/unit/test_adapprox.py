@@ -618,7 +618,8 @@ def test_it_needs_nothing_else_of_wastenot():
         "print(*sorted(m for m in sys.modules if m.startswith('wastenot')))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    allowed = ("wastenot.parallel.optim", "wastenot.kernels.lowrank")
+    # And what chooses and starts its kernels.
+    allowed = ("wastenot.parallel.optim", *(f"wastenot.kernels.{name}" for name in ("lowrank", "backend", "launching")))
     others = [name for name in found if not name.startswith(allowed)]
     assert others == ["wastenot", "wastenot.kernels", "wastenot.parallel"]
 

@@ -7,7 +7,8 @@ import torch
 
 from wastenot.parallel.optim import Adapprox
 from wastenot.tools.bench import adapprox_speed
-from wastenot.tools.bench.adapprox_speed import BASE, Shapes, factor_share, measure, measure_training
+from wastenot.tools.bench.adapprox_speed import BASE, factor_share, measure, measure_training
+from wastenot.tools.bench.adapprox_speed_cases import Shapes
 from wastenot.tools.bench.cases import Case
 
 pytestmark = pytest.mark.usefixtures("one_thread")

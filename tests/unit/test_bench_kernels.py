@@ -208,4 +208,4 @@ def test_report_says_what_was_left_out(monkeypatch):
     monkeypatch.setattr(kernels, "layer_cases", list)
     monkeypatch.setattr(kernels, "use_the_machine", lambda: None)
     report = kernels.run(quick=True, command="wastenot bench kernels --quick", say=lambda text: None)
-    assert report.notes[-1].startswith("quick: ") and kernels.NO_GPU in report.notes
+    assert report.notes[-1].startswith("quick: ")

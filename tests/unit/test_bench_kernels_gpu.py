@@ -1,4 +1,4 @@
-"""GPU rows of the `kernels` benchmark: what they measure and the bars they are held against, on a tiny layer."""
+"""The benchmarks that need a CUDA device: what they measure and the bars they are held against, on tiny shapes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from wastenot.launch.errors import UserError
+from wastenot.tools.bench import adapprox_speed_gpu, registry
 from wastenot.tools.bench.kernels_gpu import Shape, goals, rows_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,3 +49,29 @@ def test_bars_by_hand():
         "8192 tokens: layer, both, ms": False,
         "8192 tokens: part of the forward pass that routing takes": False,
     }  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no CUDA device")
+@pytest.mark.parametrize("name", ["kernels-gpu", "adapprox-speed-gpu"])
+def test_without_a_device_they_say_so(name):
+    with pytest.raises(UserError, match=f"bench {name}: needs a CUDA device"):
+        registry.load(name).run(quick=True, command="", say=lambda text: None)
+
+
+def test_the_goal_is_that_of_experts_at_rank_16():
+    ratios = {"AdamW fused": 1.0, "warm, rank 16": 2.5}
+    rows = [
+        {"case": case.name, "contender": name, "ratio": ratio * factor}
+        for case, factor in zip(adapprox_speed_gpu.CASES, (1, 10), strict=True)
+        for name, ratio in ratios.items()
+    ]
+    [goal] = adapprox_speed_gpu.goals(rows)
+    assert (goal.value, goal.met, goal.goal) == (2.5, False, "<= 2")
+
+
+def test_contenders_have_a_step_to_take():
+    for contender in adapprox_speed_gpu.contenders(8):
+        parameter = torch.nn.Parameter(torch.ones(40, 36))
+        parameter.grad = torch.ones(40, 36)
+        contender.make([parameter]).step()
+        assert parameter.max() < 1 and contender.bytes_moved > 0, contender.name

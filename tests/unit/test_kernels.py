@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from wastenot.kernels.combine import combine
 from wastenot.kernels.cross_entropy import linear_cross_entropy, vectorised
 from wastenot.kernels.dispatch import permute, reorder
+from wastenot.kernels.gate import gate
+from wastenot.kernels.gate import vectorised as gate_in_parts
 from wastenot.kernels.grouped_mm import grouped_swiglu
 from wastenot.kernels.norm import rms_norm
 from wastenot.kernels.route import assign, choose, select
@@ -31,6 +33,38 @@ def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Te
 def gradients(output: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
     weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
     return list(torch.autograd.grad((output * weight).sum(), inputs))
+
+
+def test_three_parts_of_bf16_hold_every_bit_of_fp32():
+    wide = draw(0, 50, 7, dtype=torch.float32) * torch.logspace(-30, 30, 50).unsqueeze(1)
+    high, middle, low = gate_in_parts.split(wide, (0, 1, 2), 1).double().chunk(3, 1)
+    assert (high + middle + low).equal(wide.double())
+    assert (middle.abs() <= 2**-8 * high.abs()).all()
+    assert (low.abs() <= 2**-8 * middle.abs()).all()
+    assert gate_in_parts.split(wide, (2, 0), 0).double().equal(torch.cat([low, high]))
+
+
+@examples
+@given(st.sampled_from([0, 1, 63, 100]), st.sampled_from([1, 5, 64]), st.sampled_from([1, 100, 257]), seeds)
+def test_logits_in_parts_equal_the_reference(tokens, experts, width, seed):
+    x_TD = draw(seed, tokens, width, dtype=torch.bfloat16).requires_grad_()
+    weight_ED = draw(seed + 1, experts, width, dtype=torch.float32).requires_grad_()
+    expected_TE = gate(x_TD.double(), weight_ED.double(), backend="reference")
+    expected = [expected_TE, *gradients(expected_TE, x_TD, weight_ED)]
+    found_TE = gate_in_parts.gate(x_TD, weight_ED, 1)
+    logits, grad_x, grad_weight = found_TE, *gradients(found_TE, x_TD, weight_ED)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), expected[0], rtol=1e-5, atol=1e-4)
+    # Rounded once, as the reference's is.
+    torch.testing.assert_close(grad_x, expected[1], rtol=2**-7, atol=1e-3)
+    torch.testing.assert_close(grad_weight, expected[2], rtol=1e-5, atol=1e-4)
+
+
+def test_logits_of_a_block_are_those_of_its_tokens_alone():
+    x_TD, weight_ED = draw(0, 12, 33, dtype=torch.bfloat16), draw(1, 5, 33, dtype=torch.float32)
+    for function in (gate, gate_in_parts.gate):
+        together_TE = function(x_TD, weight_ED, 3)
+        assert together_TE.equal(torch.cat([function(block, weight_ED, 1) for block in x_TD.chunk(3)]))
 
 
 @examples

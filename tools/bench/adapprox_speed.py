@@ -11,7 +11,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from ...moe.decoder import build_decoder
 from ...parallel.mesh import single
 from ...parallel.optim import Adapprox
 from .adapprox_check import check
+from .adapprox_speed_cases import Shapes, largest_rank, made_parameters
 from .cases import Case, make_batch
 from .interleave import Timings, interleave
 from .machine import use_the_machine
@@ -54,14 +54,6 @@ NOTES = (
     "training: forward and backward of one step, measured once a round for all, and then each optimizer's step on its "
     "own copy of weights and moments",
 )
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Parameters that are stepped together."""
-
-    name: str
-    shapes: tuple[tuple[int, ...], ...]
 
 
 CASES = (
@@ -138,19 +130,7 @@ def contenders(parameters: Callable[[], list[nn.Parameter]], largest: int) -> di
 def measure(case: Shapes, rounds: int, budget_s: float, say: Callable[[str], None]) -> list[Row]:
     """Rows of one case."""
 
-    def parameters() -> list[nn.Parameter]:
-        generator = torch.Generator().manual_seed(0)
-        made = []
-        for shape in case.shapes:
-            parameter = nn.Parameter(torch.randn(shape, generator=generator) * 0.02)
-            # Rows of different size: the factors have something to hold.
-            scale = torch.rand((*shape[:-1], 1) if len(shape) > 1 else shape, generator=generator)
-            parameter.grad = torch.randn(shape, generator=generator) * scale * 1e-3
-            made.append(parameter)
-        return made
-
-    smaller = max(min(shape[-2:]) for shape in case.shapes if len(shape) > 1)
-    optimizers = contenders(parameters, smaller // 4)
+    optimizers = contenders(lambda: made_parameters(case, "cpu"), largest_rank(case))
 
     def cycle(optimizer: torch.optim.Optimizer) -> float:
         start = time.perf_counter()

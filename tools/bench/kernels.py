@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from . import kernels_gpu
 from .interleave import Timings, interleave
 from .layer_cases import LayerCase, layer_cases
 from .layer_floor import Floor
@@ -51,9 +50,6 @@ HEADINGS = {
     "both_over_floor": "x floor",
     "saved_mb": "MB saved for backward",
     "peak_mb": "MB at peak",
-    "what": "on the GPU",
-    "ms": "ms",
-    "of_copy": "of a copy's bandwidth",
     "difference": "differs by",
     "why_not": "",
 }
@@ -71,7 +67,6 @@ NOTES = (
     "megatron-core runs through a CPU shim, in a process of its own, with its sequential experts",
     "torchtitan's experts multiply in bf16 only: it has no fp32 rows",
 )
-NO_GPU = "GPU: no row was measured; bandwidth of dispatch and combine and times of whole layers need a CUDA device"
 
 
 @dataclass(frozen=True)
@@ -103,11 +98,6 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
         goals += case_goals
         gc.collect()
     notes = [*NOTES]
-    if torch.cuda.is_available():
-        gpu_rows, gpu_goals = kernels_gpu.measure(say)
-        rows, goals = rows + gpu_rows, goals + gpu_goals
-    else:
-        notes.append(NO_GPU)
     if quick:
         notes.append("quick: left out rounds, no case: 9 of each pass instead of 41, fewer where they take long")
     packages = [entry.distribution for entry in LAYERS if entry.distribution]

@@ -9,6 +9,7 @@ import threading
 import torch
 
 from ...launch import cores
+from ...launch.errors import UserError
 from ...launch.memory import keep_freed_memory
 
 
@@ -19,6 +20,13 @@ def use_the_machine(threads: int | None = None) -> None:
     """
     torch.set_num_threads(threads or cores.threads(cores.physical_cores(), sharing=1))
     keep_freed_memory()
+
+
+def needs_cuda(name: str) -> None:
+    """UserError where the benchmark `name` has no device to measure."""
+    if not torch.cuda.is_available():
+        cpu = name.removesuffix("-gpu")
+        raise UserError(f"bench {name}: needs a CUDA device, and there is none; `wastenot bench {cpu}` measures CPUs")
 
 
 def end_with_parent() -> None:

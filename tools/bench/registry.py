@@ -13,10 +13,12 @@ BENCHMARKS = {
     "train": "tokens/s of a training step against other MoE implementations",
     "parity": "the same losses and gradient norms at every (expert, data) layout",
     "kernels": "the MoE layer alone, forward and backward, against other implementations and its floor",
+    "kernels-gpu": "bandwidth of dispatch and combine on a CUDA device, and times of a whole MoE layer",
     "rectify-quality": "held-out loss and accuracy with Rectify-Router, against vanilla and dropless",
     "rectify-speed": "step time, bytes and memory with Rectify-Router, on ranks over a shaped link",
     "adapprox-memory": "bytes of Adapprox's state against AdamW's, on the paper's shapes",
     "adapprox-speed": "a step of Adapprox against AdamW's, by shape and rank, and in a training step",
+    "adapprox-speed-gpu": "a step of Adapprox on a CUDA device against torch's fused AdamW",
     "adapprox-quality": "held-out loss with Adapprox against AdamW and its peers, over the bytes of their state",
 }
 """Name (also its module's, with underscores) and what it measures."""
