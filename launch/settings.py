@@ -60,8 +60,8 @@ def as_mapping(config: TrainConfig) -> dict[str, Any]:
 
 
 def packaged() -> list[str]:
-    """Names of the configurations that come with the package, sorted."""
-    return sorted(name for name, _ in _packaged(files("wastenot.configs"), ""))
+    """Names of the configurations of runs that come with the package, sorted."""
+    return sorted(_runs())
 
 
 def _checked(given: object, where: str, rules: Sequence[Rule]) -> TrainConfig:
@@ -82,13 +82,20 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path}: a folder; " + (f"did you mean {inside}?" if inside.is_file() else "give a YAML file"))
     if path.exists():
         return read_yaml(path)
-    known = dict(_packaged(files("wastenot.configs"), ""))
+    known = _runs()
     name = path.as_posix().removesuffix(".yaml")
     if name in known:
-        return parse_yaml(known[name].read_text(encoding="utf-8"), f"{name}.yaml")
+        return parse_yaml(known[name], f"{name}.yaml")
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"the package has {', '.join(sorted(known))}"
     raise UserError(f"{path}: no such file, and no configuration of that name; {hint}")
+
+
+def _runs() -> dict[str, str]:
+    """YAML of the configurations of runs by name. Clusters are none, nor are shapes in Hugging Face's keys."""
+    entries = _packaged(files("wastenot.configs"), "")
+    texts = {name: entry.read_text(encoding="utf-8") for name, entry in entries if not name.startswith("clusters/")}
+    return {name: text for name, text in texts.items() if "\nmodel_type:" not in f"\n{text}"}
 
 
 def _packaged(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]:

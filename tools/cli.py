@@ -31,6 +31,9 @@ COMMANDS = {
     "convert": "wastenot.tools.convert",
     "upcycle": "wastenot.tools.upcycle",
     "launch": "wastenot.tools.launch",
+    "simulate": "wastenot.tools.simulate",
+    "plan": "wastenot.tools.plan",
+    "profile": "wastenot.tools.profile_machine.command",
     "doctor": "wastenot.tools.doctor",
     "bench": "wastenot.tools.bench.command",
 }

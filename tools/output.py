@@ -1,4 +1,4 @@
-"""The file that a command was told to write (`--output`): checked before the work, never left half written."""
+"""The file that a command was told to write: checked before the work, never left half written."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def check_output(output: Path, mark: bytes, what: str, usual: str) -> None:
         if output.is_dir():
             raise UserError(f"{output} is a folder; name a file, for example {output / usual}")
         if not output.parent.is_dir():
-            raise UserError(f"{output}: there is no folder {output.parent}; make it, or name another --output")
+            raise UserError(f"{output}: there is no folder {output.parent}; make it, or name another file")
         if output.exists():
             with output.open("rb") as file:
                 if mark not in file.read(1000):
-                    raise UserError(f"{output} exists and is not {what}; name another --output")
+                    raise UserError(f"{output} exists and is not {what}; name another file")
 
 
 @contextmanager
@@ -48,4 +48,4 @@ def refusals_named(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror or error}); name another --output") from error
+        raise UserError(f"{output}: cannot be written ({error.strerror or error}); name another file") from error

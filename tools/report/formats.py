@@ -61,3 +61,15 @@ def duration(seconds: float | None) -> str:
     if minutes < 60:
         return f"{minutes}{SPACE}min{SPACE}{rest:02d}{SPACE}s"
     return f"{minutes // 60}{SPACE}h{SPACE}{minutes % 60:02d}{SPACE}min"
+
+
+def brief(seconds: float | None) -> str:
+    """1.23 s, 45.6 ms, 789 µs: three digits of what is less than minutes"""
+    if seconds is None:
+        return NONE
+    # Less is rounding.
+    if seconds < 1e-12:
+        return f"0{SPACE}s"
+    factor, unit = next(((f, u) for f, u in ((1.0, "s"), (1e3, "ms")) if seconds * f >= 0.9995), (1e6, "µs"))
+    value = seconds * factor
+    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{SPACE}{unit}"

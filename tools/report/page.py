@@ -1,30 +1,26 @@
-"""The page: one HTML file that asks for nothing beside itself, runs no script, and prints."""
+"""The page about runs: its sections in their order, and the file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 
 from ...launch.run_folder import write_atomically
 from ..output import check_output, refusals_named
+from .document import document, mark_of
 from .headline import Entry, read_entries
 from .ledger import ledger
 from .load import load
 from .losses import losses
-from .markup import Html, element, join, safe
+from .markup import Html, element
 from .overview import overview
-from .palette import variables
 from .settings import settings
 from .usage import usage
 
 FILE_NAME = "report.html"
-MARK = '<meta name="generator" content="wastenot report">'
+GENERATOR = "wastenot report"
+MARK = mark_of(GENERATOR)
 """By which a page is known as one that may be written anew."""
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""What the browser may fetch or run for this page: nothing. A text that got past the escaping would be inert."""
 
 SECTIONS: Mapping[str, tuple[str, Callable[[Sequence[Entry]], Html]]] = {
     "losses": ("Losses and speed", losses),
@@ -56,24 +52,7 @@ def write_page(entries: Sequence[Entry], output: Path) -> Path:
 def make_page(entries: Sequence[Entry]) -> Html:
     """The whole text of the page; the same runs make the same text."""
     names = ", ".join(entry.run.name for entry in entries)
-    links = [element("a", title, href=f"#{anchor}") for anchor, (title, _) in SECTIONS.items()]
     several = len(entries) > 1
-    body = [
-        element("header", element("h1", f"{len(entries)} runs") if several else "", overview(entries)),
-        element("nav", *links),
-        *(element("section", element("h2", title), part(entries), id=i) for i, (title, part) in SECTIONS.items()),
-        element("footer", f"Written by wastenot {version('wastenot')}."),
-    ]
-    style = variables() + files("wastenot.tools.report").joinpath("page.css").read_text(encoding="utf-8")
-    head = [
-        Html('<meta charset="utf-8">'),
-        Html(MARK),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{safe(_POLICY)}">'),
-        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-        element("title", f"{names} – wastenot report"),
-        element("style", Html(style)),
-    ]
-    return Html(
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{join(head)}\n</head>\n<body>\n<main>\n{join(body)}\n</main>\n'
-        "</body>\n</html>\n"
-    )
+    heading = element("h1", f"{len(entries)} runs") if several else ""
+    sections = {anchor: (title, part(entries)) for anchor, (title, part) in SECTIONS.items()}
+    return document(f"{names} – {GENERATOR}", GENERATOR, element("header", heading, overview(entries)), sections)

@@ -1,0 +1,91 @@
+"""Single moves that make an assignment better: the end of HEU-MIX, and of OPT's rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .draft import Draft, Trial, moved
+from .problem import Source, Stage
+
+_LEAST = 1e-12
+"""Seconds that are nothing."""
+
+
+def windows_for(stage: Stage, number: int) -> list[int]:
+    """Windows that may serve a layer: before it in the backward and in it, then stalls and forward windows.
+
+    Those of the last bytes for the shortest time come first. Forward windows are the layer's own; the last layer, whose
+    outputs are needed first, has them all.
+    """
+    last = number + 1 == len(stage.layers)
+    near: list[int] = []
+    far: list[int] = []
+    for at, event in enumerate(stage.events):
+        if event.window is None:
+            continue
+        if event.backward and event.layer in (number, number + 1):
+            near.append(at)
+        elif not event.backward and (last or event.layer in (number, -1)):
+            far.append(at)
+    return near[::-1] + far[::-1]
+
+
+def improve(draft: Draft, *, tries: int) -> None:
+    """Moves outputs, one by one, as long as something gets better within the budget.
+
+    First kept outputs into windows with room, which frees bytes and exposes nothing; then what is exposed into windows
+    with room, or to be kept, which takes bytes. `tries`: how many moves are weighed at most.
+    """
+    windows = [windows_for(draft.stage, number) for number in range(len(draft.stage.layers))]
+    while tries > 0:
+        before = tries
+        has_moved = False
+        for saves in (True, False):
+            for number, i, to in list(_moves(draft, windows, saves=saves)):
+                if tries <= 0:
+                    return
+                sources = moved(draft.stage, number, draft.layers[number], i, to)
+                if sources is None:
+                    continue
+                tries -= 1
+                trial = draft.weigh(number, sources)
+                if trial.peak <= draft.stage.budget and _is_better(trial, saves=saves):
+                    draft.take(trial)
+                    has_moved = True
+        if not has_moved or tries == before:
+            return
+
+
+def _is_better(trial: Trial, *, saves: bool) -> bool:
+    return trial.seconds < -_LEAST or (saves and trial.seconds < _LEAST and trial.lasting < 0)
+
+
+def _moves(draft: Draft, windows: list[list[int]], *, saves: bool) -> Iterator[tuple[int, int, Source]]:
+    """By layer, operator and new source; the most bytes saved or seconds gained for bytes first."""
+    found: list[tuple[float, int, int, Source]] = []
+    stage = draft.stage
+    for number, sources in enumerate(draft.layers):
+        for i, operator in enumerate(stage.layers[number].operators):
+            source = sources[i]
+            size, seconds = operator.bytes, operator.seconds
+            if not size or operator.kind == "input" or source == "none":
+                continue
+            if saves:
+                if source == "keep" and operator.kind == "compute":
+                    fits = [at for at in windows[number] if draft.left[at] >= seconds]
+                    found += [(-stage.in_flight * size, number, i, at) for at in fits]
+                continue
+            exposed = seconds if source == "demand" else 0.0
+            if isinstance(source, int):
+                exposed = min(seconds, max(0.0, -draft.left[source]))
+            if exposed <= _LEAST:
+                continue
+            if operator.kind == "compute":
+                for at in windows[number]:
+                    if draft.left[at] > _LEAST:
+                        gain = exposed - max(0.0, seconds - draft.left[at])
+                        lasts = 1.0 if not stage.events[at].backward else 0.1
+                        found.append((-gain / size / lasts, number, i, at))
+            found.append((-exposed / size / stage.in_flight, number, i, "keep"))
+    found.sort(key=lambda each: each[:3])
+    return ((number, i, to) for _, number, i, to in found)

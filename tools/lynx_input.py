@@ -1,0 +1,153 @@
+"""What a planner is told of a model: from a run's configuration, or from one in Hugging Face's keys. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from ..launch.config import TrainConfig
+from ..launch.rules import tokenizer_size
+from ..launch.settings import parse_config
+from ..launch.strict_yaml import parse_yaml
+from ..parallel.lynx.huggingface import from_huggingface
+from ..parallel.lynx.layout import Layout, check
+from ..parallel.lynx.nearest import nearest_divisor, suggestion
+from ..parallel.lynx.optimizer_state import Optimizer
+from ..parallel.lynx.routing_skew import UNIFORM, Skew
+from ..parallel.lynx.shape import Experts, ModelShape
+
+_LOSS_CHUNK_BYTES = 4 * 2**20
+"""Of logits at a time: `CHUNK_BYTES` of `kernels/cross_entropy`, which needs torch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannerInput:
+    """A model, and how it would be trained where nothing else is said."""
+
+    shape: ModelShape
+    layout: Layout
+    optimizer: Optimizer
+    skew: Skew = UNIFORM
+    config: TrainConfig | None = None
+    """The run's own; None where it is no wastenot run."""
+
+
+def read_model(name: str) -> PlannerInput:
+    """The model in the file `name` (a run's YAML, or a config.json or YAML in its keys), or the shipped one.
+
+    Raises ValueError in one line (UserError: several, about a run's YAML) where there is none, or none that is known.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path /= "config.json"
+    if path.is_file():
+        text, called = path.read_text(encoding="utf-8"), path.stem if path.stem != "config" else path.parent.name
+    else:
+        known = shipped_models()
+        called = path.as_posix().removesuffix(".yaml").rpartition("/")[2]
+        if called not in known:
+            raise ValueError(f"model: no file and no model is called {name!r}; {suggestion(called, known)}")
+        text = known[called]
+    given = json.loads(text) if path.suffix == ".json" else parse_yaml(text, name)
+    if isinstance(given, dict) and "model_type" in given:
+        return PlannerInput(shape=from_huggingface(given, called), layout=Layout(), optimizer=Optimizer())
+    return from_config(parse_config(given, name), called)
+
+
+def shipped_models() -> dict[str, str]:
+    """YAML of the models that come with the package, by name."""
+    folder = files("wastenot.configs").joinpath("models")
+    entries = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in entries}
+
+
+def from_config(config: TrainConfig, name: str = "model", ranks: int | None = None) -> PlannerInput:
+    """What `config` trains, on `ranks` ranks or as many as its layout asks for.
+
+    Raises ValueError where the batch does not fit so many ranks, or the configuration is of what is not modelled.
+    """
+    shape, layout = shape_of(config, name), layout_of(config, ranks)
+    check(shape, layout)
+    optimizer = config.optimizer
+    rank = optimizer.apollo.rank if optimizer.name == "apollo" else optimizer.adapprox.max_rank
+    momentum = optimizer.adapprox.momentum if optimizer.name == "adapprox" else "fp32"
+    return PlannerInput(
+        shape=shape,
+        layout=layout,
+        optimizer=Optimizer(name=optimizer.name, master=False, momentum=momentum, rank=rank),
+        skew=_skew(config),
+        config=config,
+    )
+
+
+def shape_of(config: TrainConfig, name: str = "model") -> ModelShape:
+    """The model of a run. Raises ValueError where its vocabulary is not known before its tokenizer is."""
+    model, moe = config.model, config.model.moe
+    experts = None
+    if moe is not None:
+        experts = Experts(
+            experts=moe.experts,
+            top_k=config.router.top_k,
+            d_expert=moe.d_expert,
+            shared_width=moe.shared_experts * moe.d_expert,
+            groups=config.router.groups,
+            top_groups=config.router.top_groups,
+        )
+    dense = tuple(layer for layer in range(model.layers) if moe is not None and not model.is_moe(layer))
+    return ModelShape(
+        name=name,
+        vocab=_vocabulary(config),
+        d_model=model.d_model,
+        layers=model.layers,
+        heads=model.heads,
+        kv_heads=model.num_kv_heads,
+        head_dim=model.head_width,
+        d_ff=model.dense_width,
+        experts=experts,
+        dense_layers=dense,
+        qk_norm=model.qk_norm,
+        tied=model.tie_embeddings,
+    )
+
+
+def layout_of(config: TrainConfig, ranks: int | None = None) -> Layout:
+    """How a run is laid out: every rank holds all dense weights in fp32, and the residual stream is in fp32."""
+    world, train = config.parallel.world(ranks), config.train
+    if train.precision == "fp64":
+        raise ValueError("train.precision: fp64 is not modelled; use fp32 or bf16")
+    portions = world * train.accumulate
+    if train.batch % portions:
+        per_rank = train.batch // train.accumulate
+        raise ValueError(
+            f"train.batch: {train.batch} in {train.accumulate} micro-batches does not fit {world} ranks; use "
+            f"{nearest_divisor(per_rank, world)} ranks"
+        )
+    return Layout(
+        expert=config.parallel.expert,
+        data=world,
+        seq_len=config.data.seq_len,
+        micro_batch=train.batch // portions,
+        micro_batches=train.accumulate,
+        compute=train.precision,
+        residual="fp32",
+        weights="fp32",
+        capacity_factor=config.router.capacity_factor,
+        padded=config.model.moe is not None and config.model.moe.dispatch == "padded",
+        loss_chunk=max(1, _LOSS_CHUNK_BYTES // (4 * _vocabulary(config))),
+    )
+
+
+def _vocabulary(config: TrainConfig) -> int:
+    size = config.model.vocab_size or tokenizer_size(config.data.tokenizer)
+    if size is None:
+        raise ValueError(
+            f"model.vocab_size: 0 takes that of {config.data.tokenizer}, which is not read here; set the number"
+        )
+    return size
+
+
+def _skew(config: TrainConfig) -> Skew:
+    router = config.router
+    return Skew(name=f"zipf:{router.skew}", exponent=router.skew) if router.kind == "skewed" else UNIFORM
