@@ -56,6 +56,11 @@ class Draft:
         return tuple(self.layers)
 
     @property
+    def exposed(self) -> float:
+        """Seconds that nothing hides."""
+        return sum(each.demand for each in self.parts) + sum(-left for left in self.left if left < 0.0)
+
+    @property
     def peak(self) -> int:
         """Bytes at most, all in."""
         kept = sum(each.kept for each in self.parts)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 
-from .mix import choose, groups, one_each
+from .choices import one_each
+from .choose import choose
+from .groups import groups
 from .problem import Stage
 from .solution import InfeasibleError, Solution
 

@@ -37,8 +37,8 @@ def improve(draft: Draft, *, tries: int) -> None:
     with room, or to be kept, which takes bytes. `tries`: how many moves are weighed at most.
     """
     windows = [windows_for(draft.stage, number) for number in range(len(draft.stage.layers))]
-    while tries > 0:
-        before = tries
+    has_moved = True
+    while has_moved and tries > 0 and draft.exposed > _LEAST:
         has_moved = False
         for saves in (True, False):
             for number, i, to in list(_moves(draft, windows, saves=saves)):
@@ -52,8 +52,6 @@ def improve(draft: Draft, *, tries: int) -> None:
                 if trial.peak <= draft.stage.budget and _is_better(trial, saves=saves):
                     draft.take(trial)
                     has_moved = True
-        if not has_moved or tries == before:
-            return
 
 
 def _is_better(trial: Trial, *, saves: bool) -> bool:

@@ -1,0 +1,1 @@
+"""`wastenot profile`: what the planner's cost model needs, measured on the machine at hand."""
