@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from .evaluate import violations
 from .peers import solve_checkmate_once
 from .problem import Assignment, Backward, Outcome, Source, Stage
 from .program import Program, Sum
@@ -20,8 +21,9 @@ from .solution import InfeasibleError, Solution
 def solve_checkmate(stage: Stage, *, time_limit: float = 60.0, gap: float = 1e-4) -> Solution:
     """The best found within `time_limit` seconds, which starts from one recomputation per tensor.
 
-    Where a tensor is computed more than once, the assignment says `demand` for it, and the outcome is that of the
-    program, not of `evaluate`; the note says how many. Raises `InfeasibleError` where it finds nothing that fits.
+    What is computed more than once, or before its first use, is `demand` in the assignment; the outcome is then that
+    of the program and not of `evaluate`, which the note says. Raises `InfeasibleError` where it finds nothing that
+    fits.
     """
     start = time.perf_counter()
     once: Solution | None = None
@@ -41,7 +43,10 @@ def solve_checkmate(stage: Stage, *, time_limit: float = 60.0, gap: float = 1e-4
         fits = outcome.peak <= stage.budget
         if fits and (best is None or outcome.exposed < best[0].exposed):
             best = (outcome, assignment)
-            notes += [f"computed more than once: {many}"] if many else []
+            if many:
+                notes.append(f"computed more than once: {many}")
+            elif violations(stage, assignment):
+                notes.append("some are computed before their first use")
     if best is None:
         assert error is not None
         raise InfeasibleError(error.smallest, stage.budget, is_exact=False, note="with one recomputation per tensor")

@@ -114,6 +114,8 @@ def moved(stage: Stage, number: int, sources: Sources, i: int, to: Source) -> So
     now too early, is on demand; what nobody reads any longer is dropped.
     """
     layer = stage.layers[number]
+    if layer.operators[i].kind == "input":
+        return None
     found = list(sources)
     found[i] = to
     for c in range(i + 1, len(found)):

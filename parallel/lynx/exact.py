@@ -42,11 +42,11 @@ class Model:
     """Bytes."""
 
 
-def formulate(stage: Stage, *, windows: bool = True) -> Model:
+def formulate(stage: Stage) -> Model:
     """The stage as a program, without objective or budget."""
     unit = max(1.0, sum(o.bytes for layer in stage.layers for o in layer.operators) / len(stage.layers) / 100)
     program = Program()
-    return _Builder(stage, program, _places(stage) if windows else {}, unit).build()
+    return _Builder(stage, program, _places(stage), unit).build()
 
 
 def is_pooled(stage: Stage) -> bool:

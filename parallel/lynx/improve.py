@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from .draft import Draft, Trial, moved
 from .problem import Source, Stage
 
@@ -14,8 +12,8 @@ _LEAST = 1e-12
 def windows_for(stage: Stage, number: int) -> list[int]:
     """Windows that may serve a layer: before it in the backward and in it, then stalls and forward windows.
 
-    Those of the last bytes for the shortest time come first. Forward windows are the layer's own; the last layer, whose
-    outputs are needed first, has them all.
+    Those come first in which bytes wait for the shortest time. Forward windows are the layer's own; the last layer,
+    whose outputs are needed first, has them all.
     """
     last = number + 1 == len(stage.layers)
     near: list[int] = []
@@ -41,7 +39,7 @@ def improve(draft: Draft, *, tries: int) -> None:
     while has_moved and tries > 0 and draft.exposed > _LEAST:
         has_moved = False
         for saves in (True, False):
-            for number, i, to in list(_moves(draft, windows, saves=saves)):
+            for number, i, to in _moves(draft, windows, saves=saves):
                 if tries <= 0:
                     return
                 sources = moved(draft.stage, number, draft.layers[number], i, to)
@@ -58,7 +56,7 @@ def _is_better(trial: Trial, *, saves: bool) -> bool:
     return trial.seconds < -_LEAST or (saves and trial.seconds < _LEAST and trial.lasting < 0)
 
 
-def _moves(draft: Draft, windows: list[list[int]], *, saves: bool) -> Iterator[tuple[int, int, Source]]:
+def _moves(draft: Draft, windows: list[list[int]], *, saves: bool) -> list[tuple[int, int, Source]]:
     """By layer, operator and new source; the most bytes saved or seconds gained for bytes first."""
     found: list[tuple[float, int, int, Source]] = []
     stage = draft.stage
@@ -86,4 +84,4 @@ def _moves(draft: Draft, windows: list[list[int]], *, saves: bool) -> Iterator[t
                         found.append((-gain / size / lasts, number, i, at))
             found.append((-exposed / size / stage.in_flight, number, i, "keep"))
     found.sort(key=lambda each: each[:3])
-    return ((number, i, to) for _, number, i, to in found)
+    return [(number, i, to) for _, number, i, to in found]

@@ -11,7 +11,7 @@ from .draft import Draft
 from .evaluate import evaluate
 from .exact import Model, formulate, is_pooled, read_off
 from .extremes import all_kept
-from .greedy import solve_greedy
+from .greedy import shrink, solve_greedy
 from .improve import improve
 from .mix import solve_mixed
 from .problem import Assignment, Outcome, Stage
@@ -45,10 +45,11 @@ def solve_exact(stage: Stage, *, time_limit: float = 60.0, gap: float = 1e-4) ->
     if not any(outcome.exposed == 0.0 for outcome, _ in judged):
         rest = time_limit - (time.perf_counter() - start)
         answer, more = _solved(stage, rest, gap)
-        bound, is_done = answer.bound / 1e3, answer.is_done
+        # Infinite where it finds nothing, which other solvers may contradict by less than its tolerance.
+        bound, is_done = answer.bound / 1e3 if np.isfinite(answer.bound) else 0.0, answer.is_done
         judged += more
     if not judged:
-        raise smallest(stage, time_limit=time_limit, known=known)
+        raise smallest(stage, time_limit=max(1.0, time_limit - (time.perf_counter() - start)), known=known)
     outcome, assignment = min(judged, key=lambda each: (each[0].exposed, each[0].peak))
     return Solution(
         assignment=assignment,
@@ -73,10 +74,11 @@ def _solved(stage: Stage, time_limit: float, gap: float) -> tuple[Answer, list[t
         first = first or answer
         if answer.values is None:
             return first, []
-        assignment = rounded(model, answer.values)
-        draft = Draft(stage, list(assignment))
+        draft = Draft(stage, list(rounded(model, answer.values)))
         excess = draft.peak - stage.budget
-        if excess <= 0:
+        if is_pooled(stage):
+            shrink(draft)
+        if draft.peak <= stage.budget:
             improve(draft, tries=_MOVES if is_pooled(stage) else 0)
             return first, [(evaluate(stage, draft.assignment), draft.assignment)]
         # By the solver's tolerance, or by what the pooled windows do not see.

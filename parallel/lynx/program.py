@@ -81,9 +81,7 @@ class Program:
         rows = LinearConstraint(matrix, np.array(self.low), np.array(self.high))  # pyright: ignore[reportArgumentType]
         options = {"time_limit": time_limit, "mip_rel_gap": gap}
         with _quiet():
-            found = milp(
-                cost, integrality=np.array(self.integral), bounds=bounds, constraints=rows, options=options
-            )
+            found = milp(cost, integrality=np.array(self.integral), bounds=bounds, constraints=rows, options=options)
         # Presolve does not tell infeasible from unbounded, which nothing here is.
         if found.status == 2 or "infeasible" in found.message.lower():
             return Answer(None, np.inf, True)

@@ -48,7 +48,8 @@ NOTES = (
     "unit: forward and backward of one micro-batch over the stage's layers, with exposed recomputation and "
     "communication",
     "x full: how many times as fast as with Megatron's full recomputation",
-    "gap: part of the exposed seconds that may be too much, by the solver's own bound",
+    "gap: part of the exposed seconds that may be too much, by the solver's own bound; it is large for nothing where "
+    "almost nothing is exposed, so the goal is of the same difference as a part of the unit",
 )
 
 
@@ -158,7 +159,8 @@ def rows_of(name: str, stage: Stage, limit_s: float) -> list[Row]:
             "over_opt": units[solver] / units["opt"] if "opt" in units else None,
             "search_s": solution.search_seconds,
             "gap": solution.gap,
-            "peak_bytes": solution.outcome.peak,
+            "unit_gap": None if solution.bound is None else (solution.outcome.exposed - solution.bound) / units[solver],
+            "peak_bytes": int(solution.outcome.peak),
             "why_not": solution.note or None,
         }
         rows.append(row)
@@ -178,7 +180,7 @@ def goals(rows: Sequence[Mapping[str, Any]]) -> list[Goal]:
         found.append(at_most(f"{case}: HEU's search, s", most("heu", "search_s"), HEU_S))
         found.append(at_most(f"{case}: HEU-MIX's search, s", most("heu-mix", "search_s"), MIX_S))
         found.append(at_most(f"{case}: HEU-MIX's unit / OPT's", most("heu-mix", "over_opt"), WITHIN))
-        found.append(at_most(f"{case}: OPT's gap", most("opt", "gap"), OPT_GAP))
+        found.append(at_most(f"{case}: OPT's gap, as a part of the unit", most("opt", "unit_gap"), OPT_GAP))
         found.append(at_most(f"{case}: pairs of solvers out of order", float(out_of_order(own)), 0))
     return found
 

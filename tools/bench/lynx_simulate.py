@@ -54,7 +54,6 @@ class Published:
     tokens_per_second: float
     """Of a device."""
     source: str
-    schedule: str = "1f1b"
 
 
 PUBLISHED = (
@@ -76,10 +75,8 @@ PUBLISHED = (
     ),
     Published(
         "DeepSeek-V3, 1024 H100, fp8", "deepseek-v3",
-        Layout(
-            expert=64, pipeline=16, data=64, chunks=2, micro_batches=128, zero=1, merged_dispatch=True, compute="fp8"
-        ),
-        1297, "Megatron Bridge", "interleaved",
+        Layout(expert=64, pipeline=16, data=64, micro_batches=128, zero=1, merged_dispatch=True, compute="fp8"),
+        1297, "Megatron Bridge",
     ),
 )  # fmt: skip
 
@@ -115,7 +112,6 @@ def beside(published: Published) -> Row:
         layout=published.layout,
         cluster=read_cluster("h100-nvlink8-ib"),
         optimizer=given.optimizer,
-        schedule=published.schedule,
     )
     row: dict[str, Any] = {
         "case": published.case,
