@@ -66,6 +66,13 @@ class Draft:
         kept = sum(each.kept for each in self.parts)
         return int(self.change.cumsum().max()) + self.stage.static + self.stage.in_flight * kept
 
+    def exposed_of(self, number: int, i: int) -> float:
+        """Seconds of one output's recomputation that nothing hides, as far as they are its own."""
+        source, seconds = self.layers[number][i], self.stage.layers[number].operators[i].seconds
+        if isinstance(source, int):
+            return min(seconds, max(0.0, -self.left[source]))
+        return seconds if source == "demand" else 0.0
+
     def weigh(self, number: int, sources: Sources) -> Trial:
         """What other sources of a layer, which keep L1-L3, would come to."""
         old, new = self.parts[number], part(self.stage, number, sources)

@@ -71,9 +71,7 @@ def _moves(draft: Draft, windows: list[list[int]], *, saves: bool) -> list[tuple
                     fits = [at for at in windows[number] if draft.left[at] >= seconds]
                     found += [(-stage.in_flight * size, number, i, at) for at in fits]
                 continue
-            exposed = seconds if source == "demand" else 0.0
-            if isinstance(source, int):
-                exposed = min(seconds, max(0.0, -draft.left[source]))
+            exposed = draft.exposed_of(number, i)
             if exposed <= _LEAST:
                 continue
             if operator.kind == "compute":

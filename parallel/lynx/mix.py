@@ -15,6 +15,7 @@ from .choices import mixed, one_each
 from .choose import Found, choose, rank
 from .draft import Draft
 from .evaluate import evaluate
+from .exchange import exchange
 from .extremes import all_kept, all_on_demand
 from .greedy import shrink
 from .groups import Fronts, groups
@@ -43,6 +44,8 @@ def solve_mixed(stage: Stage) -> Solution:
             shrink(draft)
             if draft.peak <= stage.budget:
                 improve(draft, tries=_MOVES)
+                if exchange(draft, tries=_MOVES):
+                    improve(draft, tries=_MOVES)
         judged = [Found(draft.assignment, evaluate(stage, draft.assignment)) for draft in drafts]
         best = min(judged, key=lambda each: rank(stage, each))
         assignment, outcome = best.assignment, best.outcome

@@ -1,0 +1,80 @@
+"""Exchanges that make an assignment better: several outputs give up their bytes so that a dearer one can be kept."""
+
+from __future__ import annotations
+
+from .draft import Draft, Trial, moved
+from .improve import windows_for
+from .problem import Source
+
+_LEAST = 1e-12
+"""Seconds that are nothing."""
+
+
+def exchange(draft: Draft, *, tries: int) -> bool:
+    """Keeps what is exposed, the most seconds for bytes first, in place of what costs less; whether anything was gained.
+
+    `tries`: how many moves are weighed at most.
+    """
+    stage, budget = draft.stage, draft.stage.budget
+    has_gained = False
+    for number, i in _exposed(draft):
+        # What it could be kept instead of, cheapest first; each move below changes what the next is worth.
+        before = draft.exposed
+        undo: list[Trial] = []
+        for other, j, to in [(-1, -1, "keep"), *_releases(draft)]:
+            sources = moved(stage, number, draft.layers[number], i, "keep")
+            if sources is None or tries <= 0:
+                break
+            tries -= 1
+            wanted = draft.weigh(number, sources)
+            spent = draft.exposed - before
+            if wanted.seconds + spent >= -_LEAST:
+                break
+            if wanted.peak <= budget:
+                undo.clear()
+                draft.take(wanted)
+                has_gained = True
+                break
+            if other < 0 or (other, j) == (number, i):
+                continue
+            sources = moved(stage, other, draft.layers[other], j, to)
+            if sources is None:
+                continue
+            tries -= 1
+            release = draft.weigh(other, sources)
+            if release.peak <= budget and release.lasting < 0 and release.seconds + spent < -wanted.seconds:
+                undo.append(draft.weigh(other, draft.layers[other]))
+                draft.take(release)
+        for trial in reversed(undo):
+            draft.take(draft.weigh(trial.number, trial.sources))
+        if tries <= 0:
+            break
+    return has_gained
+
+
+def _exposed(draft: Draft) -> list[tuple[int, int]]:
+    """Layer and operator of what is not hidden, the most seconds for the bytes of keeping it first."""
+    found = []
+    for number, sources in enumerate(draft.layers):
+        for i, operator in enumerate(draft.stage.layers[number].operators):
+            seconds = draft.exposed_of(number, i)
+            if seconds > _LEAST and operator.bytes:
+                found.append((-seconds / operator.bytes, number, i))
+    return [(number, i) for _, number, i in sorted(found)]
+
+
+def _releases(draft: Draft) -> list[tuple[int, int, Source]]:
+    """Layer, operator and new source of what is kept, the fewest seconds exposed for the bytes first."""
+    stage = draft.stage
+    found: list[tuple[float, int, int, Source]] = []
+    for number, sources in enumerate(draft.layers):
+        windows = windows_for(stage, number)
+        for i, operator in enumerate(stage.layers[number].operators):
+            if sources[i] != "keep" or not operator.bytes or operator.kind != "compute":
+                continue
+            roomy = max(windows, key=lambda at: draft.left[at], default=None)
+            hidden = max(0.0, draft.left[roomy]) if roomy is not None else 0.0
+            to: Source = roomy if roomy is not None and hidden > _LEAST else "demand"
+            found.append(((operator.seconds - min(hidden, operator.seconds)) / operator.bytes, number, i, to))
+    found.sort(key=lambda each: each[:3])
+    return [(number, i, to) for _, number, i, to in found]
