@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..launch.errors import UserError
+from ..parallel.lynx.balance import balanced
 from ..parallel.lynx.calibration import calibrated, read_calibration
 from ..parallel.lynx.cluster import read_cluster
 from ..parallel.lynx.layout import Layout, data_over, with_global_batch
@@ -55,6 +56,9 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--capacity-factor", type=float, metavar="F", help="slots per expert; default: dropless")
     parser.add_argument("--merged-dispatch", action="store_true", help="a token goes to another node once (DeepEP)")
     parser.add_argument("--replay", action="store_true", help="collectives may be replayed in recomputation")
+    parser.add_argument(
+        "--balance", action="store_true", help="cut layers into stages by their time with recomputation, not evenly"
+    )
     parser.add_argument("--optimizer", metavar="NAME", help="default: the run's, or adamw")
     parser.add_argument("--calibration", metavar="FILE", help="measured times, from `wastenot profile`")
     parser.add_argument(
@@ -98,9 +102,10 @@ def _question(args: argparse.Namespace) -> Question:
         time_limit=args.time_limit,
     )
     layout = _layout(args, question)
-    return replace(
-        question, layout=layout if args.global_batch is None else with_global_batch(layout, args.global_batch)
-    )
+    if args.global_batch is not None:
+        layout = with_global_batch(layout, args.global_batch)
+    question = replace(question, layout=layout)
+    return balanced(question) if args.balance else question
 
 
 def _layout(args: argparse.Namespace, question: Question) -> Layout:

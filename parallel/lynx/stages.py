@@ -52,11 +52,13 @@ class Costs:
             kind: self._timed(work_of(shape, layout, cluster, question.skew, kind))
             for kind in dict.fromkeys(shape.kinds)
         }
-        self.layers = {kind: self._layer(work.layer) for kind, work in self.works.items()}
+        self.layers: dict[LayerKind, Layer] = {kind: self._layer(work.layer) for kind, work in self.works.items()}
         self.embedding, self.head = embedding_of(shape, layout, cluster), head_of(shape, layout, cluster)
         size = layout.local_tokens * shape.d_model * layout.residual_bytes
         self.hop = Message(seconds=hop_seconds(shape, layout, cluster) if layout.pipeline > 1 else 0.0, bytes=size)
         self.in_flight = _in_flight(schedule)
+        self.under_way = _MESSAGES * size if schedule.num_ranks > 1 else 0
+        """Bytes of messages, at most."""
 
     def _timed(self, work: LayerWork) -> LayerWork:
         """With the times that were measured."""
@@ -85,13 +87,12 @@ class Costs:
         )
         in_flight = self.in_flight[rank]
         outside = in_flight * total(kept_outside_layers(question.shape, question.layout, question.cluster, share))
-        under_way = _MESSAGES * self.hop.bytes if schedule.num_ranks > 1 else 0
         stages = tuple(
             Stage(
                 layers=tuple(self.layers[kind] for kind in self.kinds[stage]),
                 in_flight=in_flight,
                 budget=question.bytes,
-                static=total(components) + outside + under_way,
+                static=total(components) + outside + self.under_way,
                 stalls=waits,
                 replay=question.replay,
             )
