@@ -11,7 +11,7 @@ _LEAST = 1e-12
 
 
 def exchange(draft: Draft, *, tries: int) -> bool:
-    """Keeps what is exposed, the most seconds for bytes first, in place of what costs less; whether anything was gained.
+    """Keeps what is exposed, the most seconds for bytes first, in place of what costs less; whether that ever helped.
 
     `tries`: how many moves are weighed at most.
     """
@@ -55,8 +55,8 @@ def exchange(draft: Draft, *, tries: int) -> bool:
 def _exposed(draft: Draft) -> list[tuple[int, int]]:
     """Layer and operator of what is not hidden, the most seconds for the bytes of keeping it first."""
     found = []
-    for number, sources in enumerate(draft.layers):
-        for i, operator in enumerate(draft.stage.layers[number].operators):
+    for number, layer in enumerate(draft.stage.layers):
+        for i, operator in enumerate(layer.operators):
             seconds = draft.exposed_of(number, i)
             if seconds > _LEAST and operator.bytes:
                 found.append((-seconds / operator.bytes, number, i))
@@ -72,7 +72,8 @@ def _releases(draft: Draft) -> list[tuple[int, int, Source]]:
         for i, operator in enumerate(stage.layers[number].operators):
             if sources[i] != "keep" or not operator.bytes or operator.kind != "compute":
                 continue
-            roomy = max(windows, key=lambda at: draft.left[at], default=None)
+            until = stage.last_window[number][i]
+            roomy = max((at for at in windows if at < until), key=draft.left.__getitem__, default=None)
             hidden = max(0.0, draft.left[roomy]) if roomy is not None else 0.0
             to: Source = roomy if roomy is not None and hidden > _LEAST else "demand"
             found.append(((operator.seconds - min(hidden, operator.seconds)) / operator.bytes, number, i, to))
