@@ -10,7 +10,7 @@ import numpy as np
 
 from .groups import Group
 
-_LEVELS = 6
+_LEVELS = 8
 """Bounds on transient bytes that are tried."""
 _MOST_CHOICES = 300
 """Of a structure or of several, once none of them beats another."""

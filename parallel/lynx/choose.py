@@ -19,7 +19,7 @@ _TRIES = 4
 
 @dataclass(frozen=True)
 class Found:
-    """The best plan that fits, or else the one with the lowest peak."""
+    """A plan, whether it fits or not."""
 
     assignment: Assignment
     outcome: Outcome
@@ -53,6 +53,11 @@ def choose(
     return best
 
 
+def judged(stage: Stage, assignment: Assignment) -> Found:
+    """With what it comes to."""
+    return Found(assignment, evaluate(stage, assignment))
+
+
 def rank(stage: Stage, found: Found) -> tuple[float, float]:
     """The lower, the better: what fits by seconds and then bytes, before what does not by bytes."""
     fits = found.outcome.peak <= stage.budget
@@ -67,5 +72,4 @@ def _placed(stage: Stage, parts: Sequence[Group], counts: Sequence[Sequence[tupl
         taken = [group.front[p].policy for p, n in ranked for _ in range(n)]
         for number, policy in zip(sorted(group.numbers), taken, strict=True):
             policies[number] = policy
-    assignment = expand(stage, policies)
-    return Found(assignment, evaluate(stage, assignment))
+    return judged(stage, expand(stage, policies))

@@ -64,18 +64,25 @@ def _exposed(draft: Draft) -> list[tuple[int, int]]:
 
 
 def _releases(draft: Draft) -> list[tuple[int, int, Source]]:
-    """Layer, operator and new source of what is kept, the fewest seconds exposed for the bytes first."""
+    """Layer, operator and new source of what is there for long, the fewest seconds exposed for the bytes first.
+
+    What is kept may go to any window with room, what is in a forward window to those of the backward.
+    """
     stage = draft.stage
     found: list[tuple[float, int, int, Source]] = []
     for number, sources in enumerate(draft.layers):
         windows = windows_for(stage, number)
         for i, operator in enumerate(stage.layers[number].operators):
-            if sources[i] != "keep" or not operator.bytes or operator.kind != "compute":
+            source, seconds = sources[i], operator.seconds
+            is_early = isinstance(source, int) and not stage.events[source].backward
+            if not operator.bytes or operator.kind != "compute" or not (is_early or source == "keep"):
                 continue
             until = stage.last_window[number][i]
-            roomy = max((at for at in windows if at < until), key=draft.left.__getitem__, default=None)
-            hidden = max(0.0, draft.left[roomy]) if roomy is not None else 0.0
-            to: Source = roomy if roomy is not None and hidden > _LEAST else "demand"
-            found.append(((operator.seconds - min(hidden, operator.seconds)) / operator.bytes, number, i, to))
+            may = [at for at in windows if at < until and (stage.events[at].backward or not is_early)]
+            roomy = max(may, key=draft.left.__getitem__, default=None)
+            hidden = 0.0 if roomy is None else max(0.0, draft.left[roomy])
+            to: Source = "demand" if roomy is None or hidden <= _LEAST else roomy
+            exposed = seconds - min(hidden, seconds) - draft.exposed_of(number, i)
+            found.append((exposed / operator.bytes / (1 if is_early else stage.in_flight), number, i, to))
     found.sort(key=lambda each: each[:3])
     return [(number, i, to) for _, number, i, to in found]

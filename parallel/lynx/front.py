@@ -18,6 +18,9 @@ from .packing import Packer
 from .phases import DEMAND, KEEP, NONE, Phase, Policy, Slot, Structure, backward_slots, expand, forward_slots
 from .problem import Stage
 
+_MOST_TURNED = 12
+"""Policies that are tried in later windows too."""
+
 
 @dataclass(frozen=True)
 class Priced:
@@ -48,21 +51,45 @@ def front(stage: Stage, structure: Structure, reserved: Sequence[float] = ()) ->
     ]
     slots = [*forward, *backward]
     small, alone = _small(stage, structure), Stage(layers=(layer,), in_flight=1, budget=0)
-    keep_all = tuple(KEEP if layer.is_needed[i] or o.kind == "input" else NONE for i, o in enumerate(layer.operators))
-    found = {keep_all: _priced(small, structure, slots, keep_all)}
+    found: dict[Policy, Priced] = {}
+    choices: dict[Policy, np.ndarray] = {}
+    packers: dict[object, Packer] = {}
+
+    def add(choice: np.ndarray, early: Sequence[Slot], late: Sequence[Slot]) -> None:
+        policy = [KEEP if c == KEPT else NONE if c == NOWHERE else DEMAND for c in choice.tolist()]
+        for what, where in ((FORWARD, early), (BACKWARD, late)):
+            chosen = tuple(np.flatnonzero(choice == what).tolist())
+            packer = packers.setdefault(tuple(slot.phase for slot in where), Packer(layer))
+            for i, phase in packer.pack(chosen, where, must=what == FORWARD).items():
+                policy[i] = phase
+        settled = _settled(alone, structure, policy)
+        if settled not in found:
+            found[settled] = _priced(small, structure, slots, settled)
+            choices[settled] = choice
+
+    kept = [KEPT if layer.is_needed[i] or o.kind == "input" else NOWHERE for i, o in enumerate(layer.operators)]
+    add(np.array(kept), forward, backward)
     # The last layer's forward windows cost time in memory alone, which labels do not see: so with and without.
     for early in [forward, []] if structure.after is None and forward else [forward]:
-        packer = Packer(layer)
         for choice in labels(stage, structure, early, backward):
-            policy = [KEEP if c == KEPT else NONE if c == NOWHERE else DEMAND for c in choice.tolist()]
-            for what, where in ((FORWARD, early), (BACKWARD, backward)):
-                chosen = tuple(np.flatnonzero(choice == what).tolist())
-                for i, phase in packer.pack(chosen, where, must=what == FORWARD).items():
-                    policy[i] = phase
-            settled = _settled(alone, structure, policy)
-            if settled not in found:
-                found[settled] = _priced(small, structure, slots, settled)
+            add(choice, early, backward)
+    if structure.after == layer:
+        # In later windows outputs are there for less time.
+        best = _spread(list(found.values()))
+        for turn in range(1, len(backward) + 1):
+            for each in best:
+                add(choices[each.policy], forward, backward_slots(stage, structure, turn))
     return _unbeaten(list(found.values()))
+
+
+def _spread(found: list[Priced]) -> list[Priced]:
+    """Some of those that none beats in bytes and seconds."""
+    front: list[Priced] = []
+    for each in sorted(found, key=lambda p: (p.bytes, p.seconds, p.transient)):
+        if not front or each.seconds < front[-1].seconds:
+            front.append(each)
+    places = np.linspace(0, len(front) - 1, min(_MOST_TURNED, len(front))).round().astype(int)
+    return [front[place] for place in places]
 
 
 def _settled(alone: Stage, structure: Structure, policy: list[Phase]) -> Policy:
@@ -81,7 +108,11 @@ def _settled(alone: Stage, structure: Structure, policy: list[Phase]) -> Policy:
             kind, w = found[i]
             readers = [c for c in layer.readers[i] if found[c] not in (KEEP, NONE)]
             until[i] = min([until[i], *(until[c] for c in readers if found[c] == DEMAND)])
-            early = [c for c in readers if found[c][0] in ("before", "forward", "early", "stall")]
+            early = [
+                c
+                for c in readers
+                if found[c][0] in ("before", "forward", "early", "stall") or (found[c][0] == "own" and found[c][1] < w)
+            ]
             if kind == "before" and is_alike and windows[w] < until[i] and not early:
                 found[i] = ("own", w)
             elif kind == "own" and windows[w] > until[i]:

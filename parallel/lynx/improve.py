@@ -12,19 +12,14 @@ _LEAST = 1e-12
 def windows_for(stage: Stage, number: int) -> list[int]:
     """Windows that may serve a layer: before it in the backward and in it, then stalls and forward windows.
 
-    Those come first in which bytes wait for the shortest time. Forward windows are the layer's own; the last layer,
-    whose outputs are needed first, has them all.
+    Those come first in which bytes wait for the shortest time. Forward windows are the layer's own; where it has none,
+    and for the last layer, whose outputs are needed first, they are all.
     """
-    last = number + 1 == len(stage.layers)
-    near: list[int] = []
-    far: list[int] = []
-    for at, event in enumerate(stage.events):
-        if event.window is None:
-            continue
-        if event.backward and event.layer in (number, number + 1):
-            near.append(at)
-        elif not event.backward and (last or event.layer in (number, -1)):
-            far.append(at)
+    near = [at for layer in (number + 1, number) for at in stage.windows.get((layer, True), ())]
+    own = stage.windows.get((number, False), ())
+    if not own or number + 1 == len(stage.layers):
+        own = [at for layer in range(len(stage.layers)) for at in stage.windows.get((layer, False), ())]
+    far = [*own, *stage.windows.get((-1, False), ())]
     return near[::-1] + far[::-1]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 
 from .choices import mixed, one_each
-from .choose import Found, choose, rank
+from .choose import Found, choose, judged, rank
 from .draft import Draft
 from .evaluate import evaluate
 from .exchange import exchange
@@ -23,7 +23,7 @@ from .improve import improve
 from .problem import Stage
 from .solution import InfeasibleError, Solution
 
-_MOVES = 1500
+_MOVES = 800
 """Single moves weighed at the end."""
 
 
@@ -36,18 +36,11 @@ def solve_mixed(stage: Stage) -> Solution:
         found = choose(stage, groups(stage, fronts, last_apart=False), one_each)
         if found.outcome.exposed > 0.0 or found.outcome.peak > stage.budget:
             found = choose(stage, groups(stage, fronts, last_apart=True), mixed, found)
-        starts = [found.assignment]
+        plans = [_refined(stage, found)]
         if found.outcome.peak > stage.budget:
-            starts.append(all_on_demand(stage))
-        drafts = [Draft(stage, list(each)) for each in starts]
-        for draft in drafts:
-            shrink(draft)
-            if draft.peak <= stage.budget:
-                improve(draft, tries=_MOVES)
-                if exchange(draft, tries=_MOVES):
-                    improve(draft, tries=_MOVES)
-        judged = [Found(draft.assignment, evaluate(stage, draft.assignment)) for draft in drafts]
-        best = min(judged, key=lambda each: rank(stage, each))
+            # Budgets that hardly anything fits in.
+            plans.append(_refined(stage, judged(stage, all_on_demand(stage))))
+        best = min(plans, key=lambda each: rank(stage, each))
         assignment, outcome = best.assignment, best.outcome
         if outcome.peak > stage.budget:
             raise InfeasibleError(outcome.peak, stage.budget, is_exact=False)
@@ -57,3 +50,14 @@ def solve_mixed(stage: Stage) -> Solution:
         outcome=outcome,
         search_seconds=time.perf_counter() - start,
     )
+
+
+def _refined(stage: Stage, found: Found) -> Found:
+    """Moved until it fits, and where it does, moved for time."""
+    draft = Draft(stage, list(found.assignment))
+    shrink(draft)
+    if draft.peak <= stage.budget:
+        improve(draft, tries=_MOVES)
+        if exchange(draft, tries=_MOVES):
+            improve(draft, tries=_MOVES)
+    return judged(stage, draft.assignment)

@@ -23,14 +23,13 @@ class Packer:
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self.seconds = np.array([o.seconds for o in layer.operators])
-        self.done: dict[tuple[object, ...], dict[int, Phase]] = {}
+        self.done: dict[tuple[int, ...], dict[int, Phase]] = {}
 
     def pack(self, chosen: tuple[int, ...], slots: Sequence[Slot], *, must: bool) -> dict[int, Phase]:
         """Phase by operator, with the fewest seconds exposed; `must`: none is left on demand."""
-        key = (chosen, must)
-        if key not in self.done:
-            self.done[key] = self._pack(chosen, slots, must=must) if chosen else {}
-        return self.done[key]
+        if chosen not in self.done:
+            self.done[chosen] = self._pack(chosen, slots, must=must) if chosen else {}
+        return self.done[chosen]
 
     def _pack(self, chosen: tuple[int, ...], slots: Sequence[Slot], *, must: bool) -> dict[int, Phase]:
         sets = self._closed(chosen)

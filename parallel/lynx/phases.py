@@ -63,11 +63,11 @@ def forward_slots(stage: Stage, structure: Structure) -> list[Slot]:
     return [Slot(("forward", w), window.room, window.room, everything) for w, window in enumerate(layer.forward)]
 
 
-def backward_slots(stage: Stage, structure: Structure) -> list[Slot]:
+def backward_slots(stage: Stage, structure: Structure, turn: int = 0) -> list[Slot]:
     """Windows between a layer's forward pass and its backward's end, in order.
 
-    Between equal layers a window serves the layer's own backward and the next one's in turn, and has room once: then it
-    is listed once, as `before`.
+    Between equal layers a window serves the layer's own backward and the next one's in turn, and has room once: then
+    it is listed once, the first `turn` as own ones and the others as those before.
     """
     layer, after = structure.layer, structure.after
     everything = np.ones(len(layer.operators), dtype=bool)
@@ -76,10 +76,11 @@ def backward_slots(stage: Stage, structure: Structure) -> list[Slot]:
     else:
         kind, windows = "stall", stage.stalls
     found = [Slot((kind, w), window.room, window.room, everything) for w, window in enumerate(windows)]
-    if after != layer:
-        own = layer.backward_windows
-        found += [Slot(("own", w), own[w].room, own[w].room, serves) for w, serves in enumerate(served(layer))]
-    return found
+    own = [
+        Slot(("own", w), window.room, window.room, serves)
+        for w, (window, serves) in enumerate(zip(layer.backward_windows, served(layer), strict=True))
+    ]
+    return found[turn:] + own[:turn] if after == layer else found + own
 
 
 def served(layer: Layer) -> list[np.ndarray]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...parallel.lynx.cluster import read_cluster
 from ...parallel.lynx.evaluate import violations
+from ...parallel.lynx.gpt_profile import gpt_layer
 from ...parallel.lynx.layout import Layout
 from ...parallel.lynx.problem import Stage
 from ...parallel.lynx.question import Question
@@ -55,14 +56,15 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Case:
-    """A model, laid out."""
+    """A model, laid out; or 24 layers of a published profile, four micro-batches in flight."""
 
     name: str
-    model: str
-    layout: Layout
+    model: str = ""
+    layout: Layout = field(default_factory=Layout)
 
 
 CASES = (
+    Case("24 GPT layers, published profile"),
     Case("Mixtral-8x7B, PP4 EP8", "mixtral-8x7b", Layout(expert=8, pipeline=4, data=16, micro_batches=16, zero=1)),
     Case(
         "Mixtral-8x7B, TP4 PP4 EP8",
@@ -110,6 +112,8 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
 
 def stage_of(case: Case) -> Stage:
     """The first rank's."""
+    if not case.model:
+        return Stage(layers=(gpt_layer(),) * 24, in_flight=4, budget=1)
     given = read_model(case.model)
     cluster = read_cluster("h100-nvlink8-ib")
     question = Question(shape=given.shape, layout=case.layout, cluster=cluster, optimizer=given.optimizer)
