@@ -25,9 +25,9 @@ def test_kernels_compile_without_spilling(arch, record_property):
         "swiglu_bwd", "split_fwd", "select_fwd", "count_fwd", "place_fwd", "weigh_fwd", "weigh_bwd",
         "lowrank_times", "lowrank_step",
     }  # fmt: skip
-    # Cut for Hopper: before it, the products of an Adapprox step keep all they multiply in registers.
-    cut_for_others = ("lowrank_times", "lowrank_step") if arch == 80 else ()
-    spilled = [code for code in codes if code["spilled_bytes"] and code["kernel"] not in cut_for_others]
+    # Cut for Hopper, where it was measured: others keep more of a product's operands in registers.
+    cut_for_hopper = () if arch == 90 else ("lowrank_times", "lowrank_step")
+    spilled = [code for code in codes if code["spilled_bytes"] and code["kernel"] not in cut_for_hopper]
     assert not spilled
     for name in kernels:
         record_property(name, max(code["registers"] for code in codes if code["kernel"] == name))
