@@ -20,8 +20,6 @@ missing.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -32,6 +30,7 @@ import yaml
 from .cluster import LINK_UNITS, Cluster, Efficiency, link_value
 from .layout import Layout
 from .nearest import refuse_other_than, refuse_unknown_keys, suggestion
+from .plain import digest, read_yaml
 from .problem import Backward, Layer, Operator, Window
 from .routing_skew import Skew
 from .shape import ModelShape
@@ -103,8 +102,7 @@ def fingerprint(shape: ModelShape, layout: Layout, skew: Skew) -> str:
     }
     of_model = {key: value for key, value in asdict(shape).items() if key not in ("name", "layers", "dense_layers")}
     of_skew = {key: value for key, value in asdict(skew).items() if key != "name"}
-    text = json.dumps([of_model, of_layer, of_skew], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest([of_model, of_layer, of_skew])
 
 
 def calibrated(cluster: Cluster, calibration: Calibration) -> Cluster:
@@ -187,13 +185,7 @@ def read_calibration(path: str | Path) -> Calibration:
 
     Raises ValueError in one line: no such file, another version, an unknown key, a missing unit, a value out of range.
     """
-    try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"calibration: {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ValueError(f"calibration: {path}: not YAML") from None
-    return calibration_from(given, str(path))
+    return calibration_from(read_yaml(path, "calibration"), str(path))
 
 
 def calibration_from(given: Any, where: str) -> Calibration:

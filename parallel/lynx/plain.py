@@ -7,7 +7,10 @@ import json
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
 
 T = TypeVar("T")
 
@@ -52,6 +55,16 @@ def _value(hint: Any, given: Any, where: str) -> Any:
             raise ValueError(f"{where}: {given!r} is no mapping")
         return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in given.items()}
     return given
+
+
+def read_yaml(path: str | Path, what: str) -> Any:
+    """Plain values of the file `path`. Raises ValueError, of `what`, where there is none or it is not YAML."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{what}: {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ValueError(f"{what}: {path}: not YAML") from None
 
 
 def digest(plain: Any) -> str:

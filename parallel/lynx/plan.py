@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from .assess import Answer
-from .plain import digest, from_plain, to_plain
+from .plain import digest, from_plain, read_yaml, to_plain
 from .problem import Assignment, Source, Stage, Window
 from .question import Question
 from .solution import Solution
@@ -169,13 +169,7 @@ def read_plan(path: str | Path) -> Plan:
 
     Raises ValueError in one line: no such file, no plan, another version, inputs that were changed by hand.
     """
-    try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"plan: {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ValueError(f"plan: {path}: not YAML") from None
-    return plan_from(given, str(path))
+    return plan_from(read_yaml(path, "plan"), str(path))
 
 
 def plan_from(given: Any, where: str) -> Plan:
