@@ -31,6 +31,8 @@ class AdapproxConfig:
     """Scale the step by how much the update agrees with the first moment (A4)."""
     clip_threshold: float = 1.0
     """Updates of a larger root mean square are scaled down to it."""
+    true_error: bool = False
+    """Keep second moments whole as well, only to report how far the factors are from them: 4 bytes a weight."""
 
     def __post_init__(self) -> None:
         if not 0 < self.max_rank <= 1:
@@ -138,9 +140,13 @@ def refuse_state_of_others(config: OptimizerConfig, saved: Mapping[str, Any], pa
             f"optimizer.name: {config.name} cannot go on from the state of {name} in {path}; use {name}, or start from "
             "its weights alone: wastenot convert to-hf and from-hf"
         )
-    momentum = saved.get("adapprox", {}).get("momentum", config.adapprox.momentum)
-    if name == "adapprox" and momentum != config.adapprox.momentum:
-        raise ValueError(
-            f"optimizer.adapprox.momentum: {config.adapprox.momentum} cannot go on from the {momentum} of {path}; use "
-            f"{momentum}"
-        )
+    if name == "adapprox":
+        ours, theirs = config.adapprox, saved.get("adapprox", {})
+        for option, here in (("momentum", ours.momentum), ("true_error", ours.true_error)):
+            # Checkpoints from before there was an option are of its default.
+            there = theirs.get(option, False if option == "true_error" else here)
+            if there != here:
+                here, there = (str(value).lower() if isinstance(value, bool) else value for value in (here, there))
+                raise ValueError(
+                    f"optimizer.adapprox.{option}: {here} cannot go on from the {there} of {path}; use {there}"
+                )

@@ -21,6 +21,7 @@ from .momentum import Momentum, new_momentum
 from .rank import is_factored, max_rank
 from .report import ParameterReport, report_of
 from .shards import WHOLE, align_gradient, local, shards_of
+from .true_moment import new_true_moment
 
 _OWN = ("nonfinite", "expert_group", "tile", "backend", "skipped_steps")
 """Options of the whole optimizer, and what it counts."""
@@ -63,6 +64,7 @@ class Adapprox(torch.optim.Optimizer):
         clamp: Literal["exact", "none"] = "exact",
         guidance: bool = False,
         sharding: Literal["exact", "local"] = "exact",
+        true_error: bool = False,
         nonfinite: Literal["raise", "skip"] = "raise",
         expert_group: dist.ProcessGroup | None = None,
         seed: int = 0,
@@ -91,6 +93,7 @@ class Adapprox(torch.optim.Optimizer):
             clamp: `none` factors V with the product's negative entries, without forming it.
             guidance: longer steps where the update agrees with the first moment (METHODS A4).
             sharding: `exact` makes the factors of whole matrices; `local` takes each shard as a matrix.
+            true_error: keeps the average of squares whole as well, only to report how far the factors are from it.
             nonfinite: what a NaN or infinite gradient does: FloatingPointError before anything changed, or no step.
             expert_group: ranks that hold other experts of stacks [e, m, n]: their factors get room for the largest
                 rank of all, as a checkpoint of [E, m, k] wants.
@@ -117,6 +120,7 @@ class Adapprox(torch.optim.Optimizer):
             "clamp": clamp,
             "guidance": guidance,
             "sharding": sharding,
+            "true_error": true_error,
             "seed": seed,
         }
         if nonfinite not in ("raise", "skip"):
@@ -222,6 +226,8 @@ class Adapprox(torch.optim.Optimizer):
         size = matrix_size(parameter)
         if size is not None and is_factored(*size, group["max_rank"]):
             state.update(new_factors(parameter, shards_of(parameter, group["sharding"] == "exact")))
+            if group["true_error"]:
+                state.update(new_true_moment(parameter, state["xi"]))
         else:
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=wide(parameter.dtype))
         state.update(new_momentum(parameter, group["momentum"], as_matrix="Q" in state))
@@ -399,17 +405,16 @@ def _check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> No
     for place, (parameter, saved) in enumerate(_saved_state(groups, state_dict)):
         part = as_matrices(parameter) if "Q" in saved and parameter.dim() >= 2 else None
         shapes = {key: tuple(local(value).shape) for key, value in saved.items()}
+        parameter_shape = tuple(local(parameter).shape)
         fits = True
         if part is not None:
             lead = tuple(part.shape[:1]) if is_stack(parameter) else ()
             k = shapes["Q"][-1]
             fits = shapes["Q"] == (*lead, part.size(1), k) and shapes["U"] == (*lead, part.size(2), k)
-        elif "exp_avg_sq" in saved:
-            fits = shapes["exp_avg_sq"] == tuple(local(parameter).shape)
-        else:
+        elif "exp_avg_sq" not in saved:
             fits = False
-        if "exp_avg" in saved:
-            fits = fits and shapes["exp_avg"] == tuple(local(parameter).shape)
+        for key in ("exp_avg", "exp_avg_sq"):
+            fits = fits and shapes.get(key, parameter_shape) == parameter_shape
         if not fits:
             raise ValueError(
                 f"state {shapes} does not belong to parameter {place}, {list(parameter.shape)}; load the state of the "

@@ -23,6 +23,7 @@ from .noise import gaussian
 from .rank import K_INIT, max_rank, search
 from .shards import Shards, local
 from .srsi import srsi
+from .true_moment import average_squares, measure_true_error
 
 
 class Factors(NamedTuple):
@@ -53,6 +54,7 @@ class FactoredStep:
 
     def __init__(self, matrices: Matrices, group: dict[str, Any], tile: int, backend: Backend = "auto") -> None:
         self.matrices, self.group, self.shards = matrices, group, matrices.shards
+        self.tile = tile
         parameter = matrices.parameters[0]
         self.dtype = wide(parameter.dtype)
         size = matrix_size(parameter)
@@ -90,6 +92,15 @@ class FactoredStep:
 
     def run(self) -> None:
         """Steps the parameters and replaces their factors."""
+        self._factorise()
+        for parameter, state in zip(self.matrices.parameters, self.matrices.states, strict=True):
+            if "exp_avg_sq" in state:
+                average_squares(parameter, state, self.group["betas"][1])
+                if self.searching:
+                    measure_true_error(state, self.shards, self.tile)
+
+    def _factorise(self) -> None:
+        """Steps by the passes that the iteration makes over V, and stores the factors that it ends with."""
         group, steps = self.group, self.matrices.steps
         warm = steps > 1 and group["start"] == "warm"
         most = max_rank(self.rows, self.columns, group["max_rank"])

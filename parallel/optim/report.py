@@ -22,6 +22,8 @@ class ParameterReport:
     """Of each matrix; empty where the second moment is whole."""
     xi: tuple[float, ...]
     """Relative error of the last factors against the moment they were made of; it understates that of the average."""
+    true_xi: tuple[float, ...]
+    """The same against the true average of squares, at the last search for the rank; empty without `true_error`."""
     allocated_bytes: int
     logical_bytes: int
     """With each matrix of a stack at its own rank instead of the largest."""
@@ -37,10 +39,13 @@ def report_of(name: str, parameter: Tensor, state: dict[str, Tensor], seconds: f
     allocated = state_bytes(state.values())
     ranks: tuple[int, ...] = ()
     xi: tuple[float, ...] = ()
+    true_xi: tuple[float, ...] = ()
     logical = allocated
     if "Q" in state:
         ranks = tuple(int(rank) for rank in local(state["rank"]).reshape(-1).tolist())
         xi = tuple(local(state["xi"]).reshape(-1).tolist())
+        if "true_xi" in state:
+            true_xi = tuple(local(state["true_xi"]).reshape(-1).tolist())
         q, u = local(state["Q"]), local(state["U"])
         spare = len(ranks) * q.size(-1) - sum(ranks)
         logical -= spare * (q.size(-2) + u.size(-2)) * q.element_size()
@@ -50,6 +55,7 @@ def report_of(name: str, parameter: Tensor, state: dict[str, Tensor], seconds: f
         shape=tuple(parameter.shape),
         ranks=ranks,
         xi=xi,
+        true_xi=true_xi,
         allocated_bytes=allocated,
         logical_bytes=logical,
         adamw_bytes=2 * part.numel() * element,

@@ -156,7 +156,8 @@ def check_equal(
             errors["Q"] = relative(full(state["Q"]), full(reference["Q"])) * tolerance**0.5
             errors["Q U^T"] = relative(moment(state), moment(reference))
             # The root of what rounding leaves is far larger than it.
-            errors["xi^2"] = torch.dist(full(state["xi"]).square(), full(reference["xi"]).square()).item()
+            for key in {"xi", "true_xi"} & state.keys():
+                errors[f"{key}^2"] = torch.dist(full(state[key]).square(), full(reference[key]).square()).item()
         for key in {"exp_avg", "exp_avg_sq"} & state.keys():
             errors[key] = relative(full(state[key]), full(reference[key]))
         for key, error in errors.items():
@@ -195,7 +196,7 @@ def step_both(mesh: DeviceMesh, cuts: list[Cut], dtype: torch.dtype, tolerance: 
 def cut_in_two(rank: int, world: int) -> set[int]:
     mesh = init_device_mesh("cpu", (world,))
     double = torch.float64
-    met = step_both(mesh, LINE, double, 1e-12, start="warm", clamp="exact", momentum="fp32")
+    met = step_both(mesh, LINE, double, 1e-12, start="warm", clamp="exact", momentum="fp32", true_error=True)
     met |= step_both(mesh, LINE, double, 1e-12, start="gaussian", clamp="none", momentum="bf16", guidance=True)
     met |= step_both(mesh, LINE, torch.float32, 1e-5, start="gaussian", clamp="exact", momentum="fp32")
     return met | step_both(mesh, LINE, torch.float32, 1e-5, start="warm", clamp="none", momentum="none")
@@ -206,7 +207,9 @@ def cut_in_four(rank: int, world: int) -> set[int]:
     double = torch.float64
     met = step_both(line, LINE, double, 1e-12, start="warm", clamp="none", guidance=True, tile=60)
     met |= step_both(line, LINE, double, 1e-12, start="gaussian", clamp="exact", momentum="none", rounds=1)
-    return met | step_both(square, SQUARE, double, 1e-12, start="warm", clamp="exact", clip_threshold=0.3)
+    return met | step_both(
+        square, SQUARE, double, 1e-12, start="warm", clamp="exact", clip_threshold=0.3, true_error=True
+    )
 
 
 @pytest.mark.parametrize(("world", "cut"), [(2, cut_in_two), (4, cut_in_four)])

@@ -209,10 +209,13 @@ def test_terminated_run_saves_and_goes_on_bit_for_bit(made, uninterrupted):
     assert_same_account(config, uninterrupted)
 
 
-@pytest.mark.parametrize(("expert", "optimizer"), [(1, "adamw"), (4, "adamw"), (4, "adapprox")])
+@pytest.mark.parametrize(
+    ("expert", "optimizer"),
+    [(1, {"name": "adamw"}), (4, {"name": "adamw"}), (4, {"name": "adapprox", "adapprox": {"true_error": True}})],
+)
 def test_run_resumes_under_another_expert_degree(made, tmp_path, expert, optimizer):
     emulate = {"top_k": 2, "capacity_factor": 1.0, "emulate": {"sources": 4, "owners": 4}, "jitter": 0.0}
-    options = {"router": emulate, "train": {"steps": 24}, "optimizer": {"name": optimizer, "lr": 0.01}}
+    options = {"router": emulate, "train": {"steps": 24}, "optimizer": optimizer | {"lr": 0.01}}
     whole, half = made(**options), made(**options, checkpoint={"every": 12})
     finish(start(whole))
     process = start(half)

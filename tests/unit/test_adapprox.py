@@ -271,6 +271,39 @@ def test_rank_grows_where_it_must_and_stays_small_where_it_may():
     assert report[1].ranks == (1,) and report[1].xi[0] < 1e-5
 
 
+def test_true_error_is_that_against_the_average_kept_whole_and_changes_no_step():
+    shapes = [(40, 24), (40, 24), (3, 30, 20), (16, 3, 5, 5), (9,)]
+    parameters, others = fresh(*shapes), fresh(*shapes)
+    optimizer = Adapprox(parameters, lr=1e-2, true_error=True, tile=500, betas=(0.9, 0.95))
+    other = Adapprox(others, lr=1e-2, tile=500, betas=(0.9, 0.95))
+    averages = [torch.zeros_like(parameter) for parameter in parameters]
+    searched: list[tuple[Tensor, Tensor]] = []
+    for step in range(15):
+        steps(optimizer, parameters, 1, step)
+        steps(other, others, 1, step)
+        for average, parameter in zip(averages, parameters, strict=True):
+            assert parameter.grad is not None
+            average.mul_(0.95).add_((1 - 0.95) * parameter.grad**2)
+        if step == 10:
+            states = [optimizer.state[parameter] for parameter in parameters[:-1]]
+            searched = [
+                (moments(state), average.clone().view_as(moments(state)))
+                for state, average in zip(states, averages, strict=False)
+            ]
+    assert all(one.equal(two) for one, two in zip(parameters, others, strict=True))
+    reports = optimizer.report()
+    for report, plain, (product, average) in zip(reports, other.report(), searched, strict=False):
+        expected = (average - product).flatten(-2).norm(dim=-1) / average.flatten(-2).norm(dim=-1)
+        assert report.true_xi == pytest.approx(expected.reshape(-1).tolist(), rel=1e-9)
+        assert report.xi == plain.xi and plain.true_xi == ()
+        assert all(true > xi for true, xi in zip(report.true_xi, report.xi, strict=True)), "history was lost too"
+        more = average.numel() + (len(report.ranks) if report.shape[0] == 3 else 0)
+        assert report.allocated_bytes == plain.allocated_bytes + 8 * more
+    assert reports[-1].true_xi == () and "true_xi" not in optimizer.state[parameters[-1]]
+    for parameter, average in zip(parameters, averages, strict=True):
+        torch.testing.assert_close(optimizer.state[parameter]["exp_avg_sq"], average, rtol=1e-12, atol=0)
+
+
 def literal_steps(grads: Sequence[Tensor], seed: int, rounds: int) -> list[tuple[int, Tensor]]:
     """Ranks and products of A3 as it is printed: the iteration anew for every rank that is tried."""
     m, n = grads[0].shape
@@ -371,7 +404,7 @@ def test_state_is_tensors_and_goes_on_bit_for_bit(momentum: Any, dtype: torch.dt
     shapes = [(40, 24), (2, 30, 20), (9,), ()]
 
     def run(parameters: list[nn.Parameter]) -> Adapprox:
-        return Adapprox(parameters, lr=1e-2, momentum=momentum, weight_decay=0.1)
+        return Adapprox(parameters, lr=1e-2, momentum=momentum, weight_decay=0.1, true_error=momentum == "bf16")
 
     parameters = fresh(*shapes, dtype=dtype)
     optimizer = run(parameters)

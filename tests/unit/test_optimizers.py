@@ -39,7 +39,9 @@ OPTIMIZERS = {
     "adafactor": OptimizerConfig(name="adafactor", lr=1e-1),
     "adamw8bit": OptimizerConfig(name="adamw8bit", lr=1e-2),
     "adapprox": OptimizerConfig(
-        name="adapprox", lr=3e-2, adapprox=AdapproxConfig(max_rank=0.5, rank_threshold=0.5, rank_every=3)
+        name="adapprox",
+        lr=3e-2,
+        adapprox=AdapproxConfig(max_rank=0.5, rank_threshold=0.5, rank_every=3, true_error=True),
     ),
     "apollo": OptimizerConfig(name="apollo", lr=1e-2, apollo=ApolloConfig(rank=0.5, refresh_every=3)),
     "came": OptimizerConfig(name="came", lr=3e-3),
@@ -254,6 +256,11 @@ def test_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     saved = {"name": "adapprox", "adapprox": {"momentum": "int8"}}
     with pytest.raises(ValueError, match=r"momentum: fp32 cannot go on from the int8 of .*; use int8"):
         refuse_state_of_others(OptimizerConfig(name="adapprox"), saved, tmp_path)
+    saved = {"name": "adapprox", "adapprox": {"momentum": "fp32"}}
+    refuse_state_of_others(OptimizerConfig(name="adapprox"), saved, tmp_path)
+    measured = OptimizerConfig(name="adapprox", adapprox=AdapproxConfig(true_error=True))
+    with pytest.raises(ValueError, match=r"true_error: true cannot go on from the false of .*; use false"):
+        refuse_state_of_others(measured, saved, tmp_path)
 
 
 def test_parts_of_a_composite_go_on_with_what_was_loaded() -> None:
