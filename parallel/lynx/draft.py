@@ -10,6 +10,8 @@ from .evaluate import Part, part, wrong_order
 from .problem import Assignment, Source, Stage
 
 Sources = tuple[Source, ...]
+Known = dict[tuple[int, Sources, int, Source], tuple[Sources, Part] | None]
+"""What moves of one stage come to: by layer, its sources, output and new source; None for what cannot be."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Draft:
 
     stage: Stage
     layers: list[Sources]
+    known: Known = field(default_factory=dict)
+    """May be shared among drafts of one stage."""
     parts: list[Part] = field(init=False)
     left: list[float] = field(init=False)
     """Of each event, seconds that it could still hide; below 0: seconds that spill over."""
@@ -73,9 +77,21 @@ class Draft:
             return min(seconds, max(0.0, -self.left[source]))
         return seconds if source == "demand" else 0.0
 
+    def moved(self, number: int, i: int, to: Source) -> Trial | None:
+        """What one output from elsewhere, with what must follow, would come to; None where that cannot be."""
+        key = (number, self.layers[number], i, to)
+        if key not in self.known:
+            sources = _moved(self.stage, number, self.layers[number], i, to)
+            self.known[key] = None if sources is None else (sources, part(self.stage, number, sources))
+        found = self.known[key]
+        return None if found is None else self._weighed(number, *found)
+
     def weigh(self, number: int, sources: Sources) -> Trial:
         """What other sources of a layer, which keep L1-L3, would come to."""
-        old, new = self.parts[number], part(self.stage, number, sources)
+        return self._weighed(number, sources, part(self.stage, number, sources))
+
+    def _weighed(self, number: int, sources: Sources, new: Part) -> Trial:
+        old = self.parts[number]
         seconds = new.demand - old.demand
         for at in {*old.load, *new.load}:
             left = self.left[at] + old.load.get(at, 0.0) - new.load.get(at, 0.0)
@@ -114,7 +130,7 @@ def _shift(change: np.ndarray, each: Part, sign: int) -> None:
         change[at] += sign * size
 
 
-def moved(stage: Stage, number: int, sources: Sources, i: int, to: Source) -> Sources | None:
+def _moved(stage: Stage, number: int, sources: Sources, i: int, to: Source) -> Sources | None:
     """A layer's sources with one output from elsewhere, and with what must follow; None where that cannot be.
 
     What it is computed from is computed with it, where it is not there by then; what waits for it in a window, but is

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .draft import Draft, Trial, moved
+from .draft import Draft, Trial
 from .improve import windows_for
 from .problem import Source
 
@@ -15,18 +15,17 @@ def exchange(draft: Draft, *, tries: int) -> bool:
 
     `tries`: how many moves are weighed at most.
     """
-    stage, budget = draft.stage, draft.stage.budget
+    budget = draft.stage.budget
     has_gained = False
     for number, i in _exposed(draft):
         # What it could be kept instead of, cheapest first; each move below changes what the next is worth.
         before = draft.exposed
         undo: list[Trial] = []
         for other, j, to in [(-1, -1, "keep"), *_releases(draft)]:
-            sources = moved(stage, number, draft.layers[number], i, "keep")
-            if sources is None or tries <= 0:
+            wanted = draft.moved(number, i, "keep")
+            if wanted is None or tries <= 0:
                 break
             tries -= 1
-            wanted = draft.weigh(number, sources)
             spent = draft.exposed - before
             if wanted.seconds + spent >= -_LEAST:
                 break
@@ -37,11 +36,10 @@ def exchange(draft: Draft, *, tries: int) -> bool:
                 break
             if other < 0 or (other, j) == (number, i):
                 continue
-            sources = moved(stage, other, draft.layers[other], j, to)
-            if sources is None:
+            release = draft.moved(other, j, to)
+            if release is None:
                 continue
             tries -= 1
-            release = draft.weigh(other, sources)
             if release.peak <= budget and release.lasting < 0 and release.seconds + spent < -wanted.seconds:
                 undo.append(draft.weigh(other, draft.layers[other]))
                 draft.take(release)

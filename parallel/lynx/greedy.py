@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from .draft import Draft, moved
+from .draft import Draft
 from .evaluate import evaluate
 from .extremes import all_on_demand
 from .improve import windows_for
@@ -23,11 +23,10 @@ def solve_greedy(stage: Stage) -> Solution:
     if draft.peak > stage.budget:
         raise InfeasibleError(draft.peak, stage.budget, is_exact=False)
     for number, i, to in _by_ratio(stage):
-        sources = moved(stage, number, draft.layers[number], i, to)
-        if sources is None or draft.layers[number][i] == "none":
+        if draft.layers[number][i] == "none":
             continue
-        trial = draft.weigh(number, sources)
-        if trial.seconds < 0.0 and trial.peak <= stage.budget:
+        trial = draft.moved(number, i, to)
+        if trial is not None and trial.seconds < 0.0 and trial.peak <= stage.budget:
             draft.take(trial)
     return Solution(
         assignment=draft.assignment,
@@ -54,8 +53,8 @@ def shrink(draft: Draft) -> None:
                     source = draft.layers[number][i]
                     if source == "none" or source == to or (source == "demand" and to != "keep"):
                         continue
-                    sources = moved(stage, number, draft.layers[number], i, to)
-                    if sources is not None and (trial := draft.weigh(number, sources)).peak < peak:
+                    trial = draft.moved(number, i, to)
+                    if trial is not None and trial.peak < peak:
                         draft.take(trial)
                         has_moved = True
 

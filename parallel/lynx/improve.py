@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .draft import Draft, Trial, moved
+from .draft import Draft, Trial
 from .problem import Source, Stage
 
 _LEAST = 1e-12
@@ -37,11 +37,10 @@ def improve(draft: Draft, *, tries: int) -> None:
             for number, i, to in _moves(draft, windows, saves=saves):
                 if tries <= 0:
                     return
-                sources = moved(draft.stage, number, draft.layers[number], i, to)
-                if sources is None:
+                trial = draft.moved(number, i, to)
+                if trial is None:
                     continue
                 tries -= 1
-                trial = draft.weigh(number, sources)
                 if trial.peak <= draft.stage.budget and _is_better(trial, saves=saves):
                     draft.take(trial)
                     has_moved = True

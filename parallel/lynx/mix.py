@@ -4,7 +4,8 @@ With one policy for all layers, a budget between the needs of two policies is wa
 one policy of the front's convex hull, all but one of the rest take the next, and one takes any; the stage's last layer,
 which has no windows before its backward, has a front of its own. A small knapsack chooses for all structures together.
 HEU (`heu.py`) makes the same choice among plans with one policy for each structure. In the end single outputs are moved
-(`improve.py`), where windows still have room or the budget has.
+(`improve.py`), where windows still have room or the budget has: of that plan, of HEU's and of everything on demand, for
+moves from the worse of them may lead farther.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 
 from .choices import mixed, one_each
 from .choose import Found, choose, judged, rank
-from .draft import Draft
+from .draft import Draft, Known
 from .evaluate import evaluate
 from .exchange import exchange
 from .extremes import all_kept, all_on_demand
@@ -33,14 +34,12 @@ def solve_mixed(stage: Stage) -> Solution:
     assignment = all_kept(stage)
     if (outcome := evaluate(stage, assignment)).peak > stage.budget:
         fronts: Fronts = {}
-        found = choose(stage, groups(stage, fronts, last_apart=False), one_each)
-        if found.outcome.exposed > 0.0 or found.outcome.peak > stage.budget:
-            found = choose(stage, groups(stage, fronts, last_apart=True), mixed, found)
-        plans = [_refined(stage, found)]
-        if found.outcome.peak > stage.budget:
-            # Budgets that hardly anything fits in.
-            plans.append(_refined(stage, judged(stage, all_on_demand(stage))))
-        best = min(plans, key=lambda each: rank(stage, each))
+        starts = [choose(stage, groups(stage, fronts, last_apart=False), one_each)]
+        if starts[0].outcome.exposed > 0.0 or starts[0].outcome.peak > stage.budget:
+            starts.append(choose(stage, groups(stage, fronts, last_apart=True), mixed, starts[0]))
+            starts.append(judged(stage, all_on_demand(stage)))
+        known: Known = {}
+        best = min((_refined(stage, each, known) for each in starts), key=lambda each: rank(stage, each))
         assignment, outcome = best.assignment, best.outcome
         if outcome.peak > stage.budget:
             raise InfeasibleError(outcome.peak, stage.budget, is_exact=False)
@@ -52,9 +51,9 @@ def solve_mixed(stage: Stage) -> Solution:
     )
 
 
-def _refined(stage: Stage, found: Found) -> Found:
+def _refined(stage: Stage, found: Found, known: Known) -> Found:
     """Moved until it fits, and where it does, moved for time."""
-    draft = Draft(stage, list(found.assignment))
+    draft = Draft(stage, list(found.assignment), known)
     shrink(draft)
     if draft.peak <= stage.budget:
         improve(draft, tries=_MOVES)
