@@ -128,12 +128,15 @@ def _alternatives(stage: Stage, assignment: Assignment, layers: tuple[int, ...],
         broken = [missing] if missing else violations(stage, tuple(changed))
         memory_only = len(broken) == 1 and broken[0].startswith("memory")
         outcome = evaluate(stage, tuple(changed)) if not broken or memory_only else None
+        why_not = broken[0] if broken else ""
+        if memory_only and outcome is not None:
+            why_not = f"{_gib(outcome.peak - stage.budget)} over the budget"
         yield Alternative(
             word=word,
             is_planned=source == planned,
             exposed=None if outcome is None else outcome.exposed,
             peak=None if outcome is None else outcome.peak,
-            why_not=broken[0] if broken else "",
+            why_not=why_not,
         )
 
 
