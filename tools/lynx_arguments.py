@@ -37,8 +37,37 @@ _MEANINGS: Mapping[str, str] = {
 }
 
 
+_PLAIN: Mapping[str, Any] = {
+    "budget": None,
+    "schedule": None,
+    "solver": None,
+    "replay": False,
+    "balance": False,
+    "optimizer": None,
+    "calibration": None,
+    "time_limit": 60.0,
+}
+"""What plans depend on, where nothing is said."""
+
+
 def add_question_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG, the cluster, the layout, and what plans and steps depend on beside them."""
+    """The work, and what plans and steps depend on beside it."""
+    add_work_arguments(parser)
+    parser.add_argument("--budget", metavar="SIZE", help="memory of a device, as in 60GiB; default: all of it")
+    parser.add_argument("--schedule", metavar="NAME", help=f"{', '.join(SCHEDULES)}; default: 1f1b")
+    parser.add_argument("--solver", metavar="NAME", help=f"{', '.join(SOLVERS)}; default: heu-mix")
+    parser.add_argument("--replay", action="store_true", help="collectives may be replayed in recomputation")
+    parser.add_argument(
+        "--balance", action="store_true", help="cut layers into stages by their time with recomputation, not evenly"
+    )
+    parser.add_argument("--optimizer", metavar="NAME", help="default: the run's, or adamw")
+    parser.add_argument("--calibration", metavar="FILE", help="measured times, from `wastenot profile`")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="of the search for a stage's plan (%(default)s)")
+
+
+def add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG, the cluster, the layout and the routing; `question_of` finds the rest plain."""
+    parser.set_defaults(**_PLAIN)
     parser.add_argument(
         "config", metavar="CONFIG", help="a run's YAML, a model's config.json or YAML, or a model that comes along"
     )
@@ -46,24 +75,12 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster", default="h100-nvlink8-ib", metavar="NAME", help="a file, or one that comes along (%(default)s)"
     )
-    parser.add_argument("--budget", metavar="SIZE", help="memory of a device, as in 60GiB; default: all of it")
     parser.add_argument("--skew", metavar="SKEW", help="routing: uniform, zipf:1.2, or a file with a histogram")
-    parser.add_argument("--schedule", metavar="NAME", help=f"{', '.join(SCHEDULES)}; default: 1f1b")
-    parser.add_argument("--solver", metavar="NAME", help=f"{', '.join(SOLVERS)}; default: heu-mix")
     for name in _LAYOUT:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=_MEANINGS[name])
     parser.add_argument("--global-batch", type=int, metavar="N", help="sequences per step, instead of --micro-batches")
     parser.add_argument("--capacity-factor", type=float, metavar="F", help="slots per expert; default: dropless")
     parser.add_argument("--merged-dispatch", action="store_true", help="a token goes to another node once (DeepEP)")
-    parser.add_argument("--replay", action="store_true", help="collectives may be replayed in recomputation")
-    parser.add_argument(
-        "--balance", action="store_true", help="cut layers into stages by their time with recomputation, not evenly"
-    )
-    parser.add_argument("--optimizer", metavar="NAME", help="default: the run's, or adamw")
-    parser.add_argument("--calibration", metavar="FILE", help="measured times, from `wastenot profile`")
-    parser.add_argument(
-        "--time-limit", type=float, default=60.0, metavar="S", help="of the search for a stage's plan (%(default)s)"
-    )
 
 
 def question_of(args: argparse.Namespace) -> Question:

@@ -26,7 +26,7 @@ from ...launch.errors import UserError
 from ...launch.local import run_ranks
 from ...parallel.lynx.calibration import read_calibration
 from ...parallel.lynx.cluster import shipped_clusters
-from ..lynx_arguments import add_question_arguments, question_of
+from ..lynx_arguments import add_work_arguments, question_of
 from ..lynx_input import read_model
 from ..output import check_output
 from .job import FULL, QUICK, Job
@@ -45,7 +45,7 @@ _BY_DEVICE = "by device"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `wastenot profile`."""
-    add_question_arguments(parser)
+    add_work_arguments(parser)
     parser.set_defaults(cluster=_BY_DEVICE)
     parser.add_argument("-o", "--output", type=Path, default=Path(_USUAL), metavar="FILE", help="(%(default)s)")
     parser.add_argument(
