@@ -53,17 +53,14 @@ CONTENDERS: Mapping[str, OptimizerConfig] = {
     "adapprox": OptimizerConfig(name="adapprox", beta2=_BETA2),
     "adapprox-int8": OptimizerConfig(name="adapprox", beta2=_BETA2, adapprox=AdapproxConfig(momentum="int8")),
     "adapprox-none": OptimizerConfig(name="adapprox", beta2=_BETA2, adapprox=AdapproxConfig(momentum="none")),
-    "adapprox-paper": OptimizerConfig(
-        name="adapprox", beta2=0.999, adapprox=AdapproxConfig(start="gaussian", bias_correction=False)
-    ),
     "adafactor": OptimizerConfig(name="adafactor"),
     "came": OptimizerConfig(name="came", beta2=_BETA2),
     "adamw8bit": OptimizerConfig(name="adamw8bit", beta2=_BETA2),
     "apollo": OptimizerConfig(name="apollo", beta2=_BETA2),
     "muon": OptimizerConfig(name="muon", beta2=_BETA2),
 }
-"""All with the trainer's betas (0.9, 0.95), with which AdamW is better than with 0.999 here; but for Adapprox as the
-paper has it, and Adafactor, whose decay is its own."""
+"""All with the trainer's betas (0.9, 0.95), with which AdamW is better than with 0.999 here; but for Adafactor, whose
+decay is its own."""
 
 
 @dataclass(frozen=True)

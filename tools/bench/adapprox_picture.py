@@ -13,7 +13,6 @@ from .report import Row
 STYLES = {
     "adamw": ("#000000", "o"),
     "adapprox": ("#aa3377", "D"),
-    "adapprox-paper": ("#aa3377", "v"),
     "adapprox-int8": ("#aa3377", "s"),
     "adapprox-none": ("#aa3377", "^"),
     "adafactor": ("#228833", "o"),
