@@ -43,5 +43,6 @@ def _points(rows: Sequence[Row], axes: Any) -> None:
         axes.errorbar([at], [loss], [error], label=row["contender"], **style)
         if row["contender"] == "adamw":
             axes.axhline(loss, color="0.6", lw=0.8, zorder=0)
-    axes.set_xlim(left=0)
+    # Room for the marker of what has next to no state.
+    axes.set_xlim(left=-0.25)
     axes.set_xlabel("bytes of optimizer state per parameter, average over the run")
