@@ -18,7 +18,7 @@ from .packing import Packer
 from .phases import DEMAND, KEEP, NONE, Phase, Policy, Slot, Structure, backward_slots, expand, forward_slots
 from .problem import Stage
 
-_MOST_TURNED = 12
+_MOST_TURNED = 10
 """Policies that are tried in later windows too."""
 
 
