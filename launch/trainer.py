@@ -39,6 +39,7 @@ from .settings import as_mapping
 from .shards import TokenShards, read_meta
 from .signals import StopRequest
 from .step import Stepper, StepResult
+from .straggler import straggler
 from .summary import Summary, finish
 from .tokenizer import load_tokenizer
 from .watchdog import Watchdog
@@ -102,6 +103,7 @@ class Trainer:
         self.progress = Progress()
         self.saved_at: int | None = None
         self.evaluated: dict[int, Evaluation] = {}
+        self.slow_ranks: set[int] = set()
         experts = expert_parameter_names(self.model)
         self.is_expert = lambda name: name in experts
         self._resume()
@@ -288,6 +290,12 @@ class Trainer:
         pages = [page for page, _ in gathered]
         numbers |= merge(pages, loads.read(), tokens * pages[0].steps)
         numbers |= in_all([state for _, state in gathered]).numbers()
+        slow = straggler([page.waited_s for page in pages], pages[0].steps * step_s, pages[0].steps)
+        if slow is not None:
+            numbers["slow_rank"] = slow.rank
+            if slow.rank not in self.slow_ranks:
+                self.slow_ranks.add(slow.rank)
+                self.console.say(slow.describe())
         return numbers
 
     def _why_stopped(self, in_a_row: int) -> str:
