@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-CLEARLY = 0.25
+CLEARLY = 0.15
 """Of the time: the least that the others wait longer before a rank is called slow."""
 LEAST_STEPS, LEAST_SECONDS = 10, 5.0
 """Over which that must be so: single steps differ for many reasons."""

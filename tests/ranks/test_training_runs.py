@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -191,6 +191,66 @@ def test_killed_runs_resume_bit_for_bit(made, uninterrupted):
     assert_same_account(config, uninterrupted)
     assert summary(config)["val_loss"] == summary(uninterrupted)["val_loss"]
     assert not list((log_dir(config) / "checkpoints").glob(".partial*")), "leftovers of killed runs"
+
+
+def children(process: int) -> list[int]:
+    """Processes that it started, the oldest first."""
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[[Path, int], None]]:
+    """`disk(folder, size)` makes `folder` a disk of so many bytes, or gives the one that is there that size."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    mounted: list[Path] = []
+
+    def mount(folder: Path, size: int) -> None:
+        remount = ["-o", "remount"] if folder in mounted else []
+        command = ["mount", "-t", "tmpfs", *remount, "-o", f"size={size}", "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode and not mounted:
+            pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+        assert done.returncode == 0, done.stderr
+        mounted.append(folder)
+
+    yield mount
+    for folder in dict.fromkeys(mounted):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(made, uninterrupted, disk):
+    one = next((log_dir(uninterrupted) / "checkpoints").glob("step-*"))
+    size = sum(file.stat().st_size for file in one.iterdir())
+    config = made(checkpoint={"every": 20})
+    checkpoints = log_dir(config) / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    disk(checkpoints, int(1.5 * size))
+    output = finish(start(config), expected=1)
+    assert "checkpoint of step 40 was not written" in output
+    assert "No space left on device" in output
+    assert "Traceback" not in output
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000020"]
+    disk(checkpoints, 10 * size)
+    assert "at step 20" in finish(start(config))
+    here = losses(config)
+    assert here == {step: losses(uninterrupted)[step] for step in here}
+    assert max(here) == 60
+
+
+def test_a_slow_rank_is_named(made):
+    config = made(train={"steps": 160, "eval_every": 0, "sample_tokens": 0}, log={"every": 80}, checkpoint={"every": 0})
+    process = start(config)
+    while last_step(config) < 80 and process.poll() is None:
+        # The second rank gets a sixth of its time.
+        for slow in children(process.pid)[1:]:
+            os.kill(slow, signal.SIGSTOP)
+            time.sleep(0.1)
+            os.kill(slow, signal.SIGCONT)
+        time.sleep(0.02)
+    assert "rank 1 keeps the others waiting" in finish(process)
+    lines = [line for line in read_metrics(log_dir(config)) if "loss" in line]
+    assert lines[0]["slow_rank"] == 1
 
 
 def test_terminated_run_saves_and_goes_on_bit_for_bit(made, uninterrupted):
