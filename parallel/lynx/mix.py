@@ -36,8 +36,8 @@ def solve_mixed(stage: Stage) -> Solution:
         fronts: Fronts = {}
         starts = [choose(stage, groups(stage, fronts, last_apart=False), one_each)]
         if starts[0].outcome.exposed > 0.0 or starts[0].outcome.peak > stage.budget:
-            starts.append(choose(stage, groups(stage, fronts, last_apart=True), mixed, starts[0]))
-            starts.append(judged(stage, all_on_demand(stage)))
+            better = choose(stage, groups(stage, fronts, last_apart=True), mixed, starts[0])
+            starts += [found for found in (better, judged(stage, all_on_demand(stage))) if found is not starts[0]]
         known: Known = {}
         best = min((_refined(stage, each, known) for each in starts), key=lambda each: rank(stage, each))
         assignment, outcome = best.assignment, best.outcome
