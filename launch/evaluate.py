@@ -53,12 +53,12 @@ def evaluate(
     # Whole batches on every rank: what is added predicts nothing.
     inputs = np.concatenate([inputs, np.zeros((padding, seq_len), dtype=inputs.dtype)])
     targets = np.concatenate([targets, np.full((padding, seq_len), IGNORED, dtype=targets.dtype)])
-    share = batch // mesh.world.size
+    share = batch // mesh.batch.size
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     training = model.training
     model.eval()
     for start in range(0, len(inputs), batch):
-        mine = slice(start + mesh.world.rank * share, start + (mesh.world.rank + 1) * share)
+        mine = slice(start + mesh.batch.rank * share, start + (mesh.batch.rank + 1) * share)
         tokens_BS = torch.from_numpy(inputs[mine]).to(mesh.device)
         targets_BS = torch.from_numpy(targets[mine]).to(mesh.device)
         with computing_in(precision, mesh.device):

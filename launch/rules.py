@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..moe.config import EmulateConfig, MoEConfig, nearest_divisor
+from ..parallel.config import AXES, ParallelConfig
 from .config import TrainConfig
 from .errors import Violation
 from .optimizer_config import what_is_missing
@@ -183,50 +184,70 @@ def _sources_split_evaluation(emulate: EmulateConfig, eval_batch: int) -> list[V
 def layout_is_consistent(config: TrainConfig) -> list[Violation]:
     """`nproc` makes the world that `parallel` describes, and that world divides the work."""
     parallel, nproc = config.parallel, config.train.nproc
-    if nproc:
-        if parallel.data != "auto" and nproc != parallel.world():
-            message = (
-                f"{nproc} ranks are not parallel.data {parallel.data} x parallel.expert {parallel.expert}; "
-                f"use {parallel.world()}, or 0 to follow parallel"
-            )
-            return [Violation(("train.nproc", "parallel.data", "parallel.expert"), message)]
-        if nproc % parallel.expert:
-            message = f"{nproc} is not a multiple of parallel.expert: {parallel.expert}; use "
-            return [Violation(("train.nproc", "parallel.expert"), message + multiples(nproc, parallel.expert))]
+    fewest = parallel.world()
+    if nproc and (nproc % fewest if parallel.data == "auto" else nproc != fewest):
+        asked = {axis: getattr(parallel, axis) for axis in (*AXES, "expert")}
+        named = [axis for axis, degree in asked.items() if degree not in (1, "auto")]
+        degrees = " x ".join(f"{axis} {asked[axis]}" for axis in named if axis != "expert")
+        over = f", with experts over {parallel.expert}" if parallel.expert > 1 else ""
+        fix = f"use {fewest}, or 0 to follow parallel"
+        if parallel.data == "auto":
+            fix = f"use {multiples(nproc, fewest)}"
+        paths = ("train.nproc", *(f"parallel.{axis}" for axis in named))
+        return [Violation(paths, f"{nproc} ranks are not {degrees or 'what parallel says'}{over}; {fix}")]
     return world_rules(config, parallel.world(nproc or None))
 
 
 def world_rules(config: TrainConfig, world: int) -> list[Violation]:
     """What a world of `world` ranks asks; the trainer checks again with the ranks that were started."""
     parallel, train, emulate = config.parallel, config.train, config.router.emulate
-    layout = ("parallel.data", "parallel.expert", "train.nproc")
-    found = []
-    if world % parallel.expert:
-        fix = nearest_divisor(world, parallel.expert)
-        message = f"{parallel.expert} does not divide the {world} ranks; use {fix}"
-        found.append(Violation(("parallel.expert",), message))
-    elif parallel.data != "auto" and parallel.world() != world:
-        fix = world // parallel.expert
-        message = f"{parallel.data} x expert {parallel.expert} is not the {world} ranks; use {fix} or auto"
-        found.append(Violation(("parallel.data", "parallel.expert"), message))
-    portion = train.accumulate * world
+    layout = tuple(f"parallel.{axis}" for axis in AXES if axis == "data" or getattr(parallel, axis) > 1)
+    layout = (*layout, "parallel.expert", "train.nproc")
+    found = _ranks_divide(parallel, world)
+    if found:
+        return found
+    readers, stage = world // (parallel.pipeline * parallel.tensor), parallel.stage(world)
+    portion = train.accumulate * readers
     if train.batch % portion:
         message = (
-            f"{train.batch} sequences do not split into accumulate {train.accumulate} x {world} ranks; "
+            f"{train.batch} sequences do not split into accumulate {train.accumulate} x {readers} ranks; "
             f"use {multiples(train.batch, portion)}"
         )
         found.append(Violation(("train.batch", "train.accumulate", *layout), message))
-    if train.eval_batch % world:
-        fix = multiples(train.eval_batch, world)
-        message = f"{train.eval_batch} sequences do not split over {world} ranks; use {fix}"
+    if train.eval_batch % readers:
+        fix = multiples(train.eval_batch, readers)
+        message = f"{train.eval_batch} sequences do not split over {readers} ranks; use {fix}"
         found.append(Violation(("train.eval_batch", *layout), message))
-    if config.model.moe is not None and emulate is not None and emulate.sources % world:
-        fix = multiples(emulate.sources, world)
-        message = f"{emulate.sources} is not a multiple of the {world} ranks; use {fix}"
+    if config.model.moe is not None and emulate is not None and emulate.sources % stage:
+        fix = multiples(emulate.sources, stage)
+        message = f"{emulate.sources} is not a multiple of the {stage} ranks; use {fix}"
         found.append(Violation(("router.emulate.sources", *layout), message))
     elif not found:
-        found += _stand_ins_stay(config, world)
+        found += _stand_ins_stay(config, stage)
     return found
+
+
+def _ranks_divide(parallel: ParallelConfig, world: int) -> list[Violation]:
+    """The world is the product of the axes, and experts divide the ranks of a stage."""
+    fixed = parallel.pipeline * parallel.shard * parallel.tensor
+    if parallel.data != "auto" and parallel.world() != world:
+        fix = f"{world // fixed} or auto" if world % fixed == 0 else "auto"
+        more = [axis for axis in AXES if axis != "data" and getattr(parallel, axis) > 1]
+        others = "".join(f" x {axis} {getattr(parallel, axis)}" for axis in more)
+        return [Violation(("parallel.data",), f"{parallel.data}{others} is not the {world} ranks; use {fix}")]
+    left = world
+    for axis in ("pipeline", "tensor", "shard"):
+        degree = getattr(parallel, axis)
+        if left % degree:
+            message = f"{degree} does not divide {left} of the {world} ranks; use {nearest_divisor(left, degree)}"
+            return [Violation((f"parallel.{axis}",), message)]
+        left //= degree
+    stage = parallel.stage(world)
+    if stage % parallel.expert:
+        where = f"the {stage} ranks" if parallel.pipeline == 1 else f"the {stage} ranks of a stage"
+        message = f"{parallel.expert} does not divide {where}; use {nearest_divisor(stage, parallel.expert)}"
+        return [Violation(("parallel.expert",), message)]
+    return []
 
 
 def _stand_ins_stay(config: TrainConfig, world: int) -> list[Violation]:

@@ -91,14 +91,14 @@ class Stepper:
         """Runs all micro-batches; this rank's parts of the loss, the counts and the router losses."""
         config, mesh = self.config, self.mesh
         micro = config.train.batch // config.train.accumulate
-        share = micro // mesh.world.size
+        share = micro // mesh.batch.size
         tokens_in_batch = config.train.batch * config.data.seq_len
         loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
         counts: Tensor | None = None
         shown: dict[str, Tensor] = {}
         for i in range(config.train.accumulate):
             # Consecutive blocks of the global order: rank r of any world size sees what emulated ranks would.
-            windows = self.samples.take(first_sample + i * micro + mesh.world.rank * share, share)
+            windows = self.samples.take(first_sample + i * micro + mesh.batch.rank * share, share)
             # Without waiting for what the device still has to do for the last micro-batch.
             tokens = torch.from_numpy(windows).to(mesh.device, non_blocking=True)
             last = i == config.train.accumulate - 1

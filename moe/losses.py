@@ -29,19 +29,19 @@ def load_balance(routing: Routing, over: str, mesh: Mesh, sequences: int) -> Ten
     first_T = routing.experts_TK[:, 0]
     if over == "global":
         part_E = count_of(first_T, E).to(routing.probs_TE.dtype)
-        part_E = all_reduce(part_E, mesh.world, "balance-counts", mesh.recorder) / (T * mesh.world.size)
-        return E * (part_E * routing.probs_TE.mean(0)).sum() / mesh.world.size
+        part_E = all_reduce(part_E, mesh.stage, "balance-counts", mesh.recorder) / (T * mesh.stage.size)
+        return E * (part_E * routing.probs_TE.mean(0)).sum() / mesh.stage.size
     groups = routing.num_blocks if over == "block" else sequences
     group_T = torch.arange(T, device=first_T.device) // (T // groups)
     counts_gE = count_of(group_T * E + first_T, groups * E).view(groups, E)
     part_gE = counts_gE.to(routing.probs_TE.dtype) / (T // groups)
     mean_gE = routing.probs_TE.view(groups, T // groups, E).mean(1)
-    return E * (part_gE * mean_gE).sum() / (groups * mesh.world.size)
+    return E * (part_gE * mean_gE).sum() / (groups * mesh.stage.size)
 
 
 def z_loss(routing: Routing, mesh: Mesh) -> Tensor:
     """Mean of logsumexp(logits)^2 over all ranks' tokens: this rank's part of it."""
-    return routing.logits_TE.logsumexp(-1).square().mean() / mesh.world.size
+    return routing.logits_TE.logsumexp(-1).square().mean() / mesh.stage.size
 
 
 def auxiliary_loss(

@@ -81,8 +81,8 @@ class Mixer:
         _check(num_experts, config, mesh)
         self.config = config
         self.dispatcher = Dispatcher(num_experts, mesh, dispatch, piece_bytes, backend, name)
-        sources = config.emulate.sources if config.emulate else mesh.world.size
-        self.blocks = sources // mesh.world.size
+        sources = config.emulate.sources if config.emulate else mesh.stage.size
+        self.blocks = sources // mesh.stage.size
         self.rectifier = self._make_rectifier(mesh) if config.rectify.is_on else None
 
     def route(self, logits_TE: Tensor, dropless: bool = False) -> Routing:
@@ -126,7 +126,7 @@ class Mixer:
         from .rectify import Rectifier, own_experts
 
         config, dispatcher = self.config, self.dispatcher
-        own = own_experts(dispatcher.num_experts, dispatcher.local, self.blocks, mesh.world.rank, config.emulate)
+        own = own_experts(dispatcher.num_experts, dispatcher.local, self.blocks, mesh.stage.rank, config.emulate)
         travels = config.rectify.intra and not own.within(dispatcher.local, self.blocks)
         if travels and dispatcher.padded:
             raise ValueError(
@@ -160,7 +160,7 @@ def _check(num_experts: int, config: RouterConfig, mesh: Mesh) -> None:
             f"top_groups: {config.top_groups} of {config.groups} groups hold {config.top_groups * per_group} experts, "
             f"fewer than {config.num_choices} choices; use {enough}"
         )
-    emulate, world = config.emulate, mesh.world.size
+    emulate, world = config.emulate, mesh.stage.size
     if emulate is not None and num_experts % emulate.owners:
         nearest = nearest_divisor(num_experts, emulate.owners)
         raise ValueError(f"owners: {emulate.owners} does not divide {num_experts} experts; use {nearest}")

@@ -135,7 +135,7 @@ class Checkpointer:
         self._directory = Path(directory)
         self._keep = keep
         self._asynchronous = asynchronous
-        self._layout = {axis.name: axis.size for axis in (mesh.world, mesh.data, mesh.expert)}
+        self._layout = mesh.layout
         self._group: dist.ProcessGroup | None = None
         if mesh.world.group is not None:
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))

@@ -37,9 +37,10 @@ def expert_dtensor(local: Tensor, mesh: Mesh) -> Tensor:
     Shares memory with `local`, so loading into the result fills `local`. Every rank of the expert axis must
     hold the same number of experts. Without a process group `local` is the whole and comes back as it is.
     """
-    if mesh.device_mesh is None:
+    if mesh.expert_mesh is None:
         return local
-    return DTensor.from_local(local.detach(), mesh.device_mesh, [Replicate(), Shard(0)], run_check=False)
+    placements = [Shard(0) if name == "expert" else Replicate() for name in mesh.expert_mesh.mesh_dim_names or ()]
+    return DTensor.from_local(local.detach(), mesh.expert_mesh, placements, run_check=False)
 
 
 def shard_files(count: int) -> list[str]:

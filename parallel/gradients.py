@@ -52,8 +52,8 @@ class Gradients:
         self.mesh = mesh
         experts = expert_parameter_names(model)
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        dense = _buckets([p for n, p in named if n not in experts], mesh.world, "dense-gradients", bucket_bytes)
-        local = _buckets([p for n, p in named if n in experts], mesh.data, "expert-gradients", bucket_bytes)
+        dense = _buckets([p for n, p in named if n not in experts], mesh.stage, "dense-gradients", bucket_bytes)
+        local = _buckets([p for n, p in named if n in experts], mesh.expert_data, "expert-gradients", bucket_bytes)
         self.dense, self.experts = dense, local
         # Gradients of late layers come first: the order in which buckets complete.
         position = {id(p): i for i, (_, p) in enumerate(named)}

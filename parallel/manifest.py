@@ -54,7 +54,7 @@ class Manifest:
     serial: int
     """Counts the checkpoints of a directory: the newest is the one saved last, whatever its step."""
     layout: Mapping[str, int]
-    """Sizes of the axes (world, data, expert) that wrote it."""
+    """Sizes of the axes (world, pipeline, data, shard, tensor, expert) that wrote it."""
     meta: Mapping[str, Any]
     """What the caller added."""
     tensors: Mapping[str, TensorEntry]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from .config import ParallelConfig
 from .events import Recorder, Recorders
@@ -25,48 +25,120 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """All ranks = `data` copies x `expert` ranks; consecutive ranks share one copy of the experts."""
+    """All ranks = pipeline stages; a stage = data x shard x tensor ranks for dense layers, and the same ranks =
+    `expert_data` copies x `expert` ranks for experts (parallel folding). The last named are consecutive ranks."""
 
     device: torch.device
     world: Axis
-    """Every rank: dense weights are replicated over it, tokens are split over it."""
+    """Every rank."""
+    pipeline: Axis
+    """Ranks with the same place in every stage."""
+    stage: Axis
+    """Ranks that hold the same layers: tokens are split over it, gradients of dense weights are summed over it."""
+    batch: Axis
+    """Ranks of the stage that read other sequences: data x shard."""
     data: Axis
+    """Copies of the dense weights."""
+    shard: Axis
+    """Ranks that share the storage of one copy."""
+    tensor: Axis
+    """Ranks that compute dense layers together."""
+    expert_data: Axis
     """Ranks that hold the same experts: expert gradients are summed over it."""
     expert: Axis
     """Ranks that together hold all experts: tokens travel over it."""
-    device_mesh: DeviceMesh | None = None
-    """The (data, expert) DeviceMesh behind the axes, for DTensor; None without a process group."""
+    dense_mesh: DeviceMesh | None = None
+    """DeviceMesh of this stage with those of the axes data, shard and tensor that have more than one rank."""
+    expert_mesh: DeviceMesh | None = None
+    """Likewise with expert_data and expert."""
     recorder: Recorder = field(default_factory=Recorders, compare=False)
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """Sizes of all axes that a checkpoint or a log names."""
+        axes = (self.world, self.pipeline, self.data, self.shard, self.tensor, self.expert)
+        return {axis.name: axis.size for axis in axes}
+
+
+_AXES = ("world", "pipeline", "stage", "batch", "data", "shard", "tensor", "expert_data", "expert")
 
 
 def single(device: torch.device | str = "cpu", recorder: Recorder | None = None) -> Mesh:
     """The mesh of one process without a process group."""
-    axes = (Axis("world"), Axis("data"), Axis("expert"))
-    return Mesh(torch.device(device), *axes, recorder=recorder or Recorders())
+    return Mesh(torch.device(device), *map(Axis, _AXES), recorder=recorder or Recorders())
 
 
 def make_mesh(config: ParallelConfig, device: torch.device | str, recorder: Recorder | None = None) -> Mesh:
     """Lays the initialised process group out as `config` says; without a process group, one rank.
 
-    Raises ValueError where the world size is not data x expert.
+    Raises ValueError where the world size is not what `config` asks for.
     """
     device = torch.device(device)
     world = dist.get_world_size() if dist.is_initialized() else 1
-    if world % config.expert or (config.data != "auto" and config.data * config.expert != world):
+    if config.world(world) != world or config.stage(world) % config.expert:
         raise ValueError(
-            f"parallel: data {config.data} x expert {config.expert} does not make the {world} rank(s) that were "
-            f"started; use data: auto and an expert degree that divides {world}"
+            f"parallel: pipeline {config.pipeline} x data {config.data} x shard {config.shard} x tensor "
+            f"{config.tensor}, with experts over {config.expert}, does not make the {world} rank(s) that were started; "
+            f"use data: auto, and degrees whose product divides {world}"
         )
     if not dist.is_initialized():
         return single(device, recorder)
-    device_mesh = init_device_mesh(
-        device.type, (world // config.expert, config.expert), mesh_dim_names=("data", "expert")
+    rank, stage = dist.get_rank(), config.stage(world)
+    dense = (config.copies(world), config.shard, config.tensor)
+    ranks = torch.arange(world).view(config.pipeline, *dense)
+    experts = torch.arange(world).view(config.pipeline, stage // config.expert, config.expert)
+    groups: dict[object, dist.ProcessGroup | None] = {}
+
+    def axis(name: str, lines: torch.Tensor) -> Axis:
+        """The line of `lines` [number, size] that this rank is in; equal lines share one process group.
+
+        But for experts: their exchanges run beside the reduction of gradients.
+        """
+        rows = tuple(map(tuple, lines.tolist()))
+        own = next(row for row in rows if rank in row)
+        key = (rows, name == "expert")
+        if key not in groups:
+            groups[key] = _group(rows, world if name != "expert" else None)
+        return Axis(name, len(own), own.index(rank), groups[key])
+
+    own = rank // stage
+    axes = {
+        "world": axis("world", torch.arange(world).view(1, world)),
+        "pipeline": axis("pipeline", ranks.reshape(config.pipeline, stage).T),
+        "stage": axis("stage", ranks.reshape(config.pipeline, stage)),
+        "batch": axis("batch", ranks.flatten(1, 2).transpose(1, 2).reshape(-1, dense[0] * dense[1])),
+        "data": axis("data", ranks.movedim(1, -1).reshape(-1, dense[0])),
+        "shard": axis("shard", ranks.movedim(2, -1).reshape(-1, dense[1])),
+        "tensor": axis("tensor", ranks.reshape(-1, dense[2])),
+        "expert_data": axis("expert_data", experts.transpose(1, 2).reshape(-1, experts.size(1))),
+        "expert": axis("expert", experts.reshape(-1, config.expert)),
+    }
+    return Mesh(
+        device,
+        **axes,
+        dense_mesh=_device_mesh(device, ranks[own], [axes[name] for name in ("data", "shard", "tensor")]),
+        expert_mesh=_device_mesh(device, experts[own], [axes[name] for name in ("expert_data", "expert")]),
+        recorder=recorder or Recorders(),
     )
 
-    def axis(name: str) -> Axis:
-        part = device_mesh[name]
-        size = part.size()
-        return Axis(name, size, part.get_local_rank(), part.get_group() if size > 1 else None)
 
-    everyone = Axis("world", world, dist.get_rank(), dist.group.WORLD if world > 1 else None)
-    return Mesh(device, everyone, axis("data"), axis("expert"), device_mesh, recorder or Recorders())
+def _group(rows: tuple[tuple[int, ...], ...], world: int | None) -> dist.ProcessGroup | None:
+    """This rank's group of those that `rows` list, which all ranks make together; that of the `world` is there."""
+    if len(rows[0]) == 1:
+        return None
+    if len(rows[0]) == world:
+        return dist.group.WORLD
+    return dist.new_subgroups_by_enumeration([list(row) for row in rows])[0]
+
+
+def _device_mesh(device: torch.device, ranks: torch.Tensor, axes: list[Axis]) -> DeviceMesh | None:
+    """`ranks`, a dim for each of `axes`, without the dims of one rank; None where that leaves none."""
+    kept = [axis for axis in axes if axis.group is not None]
+    if not kept:
+        return None
+    return DeviceMesh.from_group(
+        [axis.group for axis in kept if axis.group is not None],
+        device.type,
+        mesh=ranks.reshape([axis.size for axis in kept]),
+        mesh_dim_names=tuple(axis.name for axis in kept),
+    )

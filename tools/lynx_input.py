@@ -113,20 +113,25 @@ def shape_of(config: TrainConfig, name: str = "model") -> ModelShape:
 
 
 def layout_of(config: TrainConfig, ranks: int | None = None) -> Layout:
-    """How a run is laid out: every rank holds all dense weights in fp32, and the residual stream is in fp32."""
-    world, train = config.parallel.world(ranks), config.train
+    """How a run is laid out: weights and the residual stream are in fp32."""
+    parallel, train = config.parallel, config.train
+    readers = parallel.copies(ranks) * parallel.shard
     if train.precision == "fp64":
         raise ValueError("train.precision: fp64 is not modelled; use fp32 or bf16")
-    portions = world * train.accumulate
+    portions = readers * train.accumulate
     if train.batch % portions:
         per_rank = train.batch // train.accumulate
         raise ValueError(
-            f"train.batch: {train.batch} in {train.accumulate} micro-batches does not fit {world} ranks; use "
-            f"{nearest_divisor(per_rank, world)} ranks"
+            f"train.batch: {train.batch} in {train.accumulate} micro-batches does not fit {readers} ranks; use "
+            f"{nearest_divisor(per_rank, readers)} ranks"
         )
     return Layout(
-        expert=config.parallel.expert,
-        data=world,
+        tensor=parallel.tensor,
+        expert=parallel.expert,
+        pipeline=parallel.pipeline,
+        data=readers,
+        sequence_parallel=parallel.tensor > 1,
+        zero=3 if parallel.shard > 1 else 0,
         seq_len=config.data.seq_len,
         micro_batch=train.batch // portions,
         micro_batches=train.accumulate,

@@ -255,7 +255,7 @@ def _file_names(count: int) -> list[str]:
 def _gather(shard: list[_Home], mesh: Mesh) -> dict[str, Tensor]:
     """On rank 0 the tensors of one file, in host memory; its first copy of the experts sends what rank 0 lacks."""
     tensors: dict[str, Tensor] = {}
-    if mesh.data.rank > 0:
+    if mesh.expert_data.rank > 0:
         return tensors
     for home in shard:
         if mesh.expert.rank == 0:

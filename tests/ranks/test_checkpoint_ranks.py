@@ -106,7 +106,7 @@ def test_every_layout_loads_what_every_other_wrote(tmp_path):
 def test_replicated_tensors_are_written_once_and_in_equal_parts(tmp_path):
     run_ranks(4, save_balanced, tmp_path)
     manifest = read_manifest(tmp_path / "step-00000001")
-    assert manifest.layout == {"world": 4, "data": 2, "expert": 2}
+    assert manifest.layout == {"world": 4, "pipeline": 1, "data": 4, "shard": 1, "tensor": 1, "expert": 2}
     assert len(manifest.tensors["e"].chunks) == 2
     assert all(len(manifest.tensors[f"w{index}"].chunks) == 1 for index in range(8))
     state_bytes = (8 * 1000 + 8 * 100) * 4

@@ -97,7 +97,7 @@ def layouts_of(settings: TrainConfig) -> list[tuple[int, int]]:
     """The layouts that may run it: in padded dispatch stand-ins cannot travel to emulated owners elsewhere."""
 
     def fits(expert: int, data: int) -> bool:
-        there = replace(settings, parallel=ParallelConfig(expert=expert, data=data))
+        there = replace(settings, parallel=ParallelConfig(expert=expert, data=expert * data))
         return not world_rules(there, expert * data)
 
     found = [(expert, data) for expert, data in LAYOUTS if fits(expert, data)]

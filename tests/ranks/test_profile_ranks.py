@@ -21,7 +21,7 @@ from wastenot.tools.profile_machine.rank import Measurement
 CONFIG = {
     "model": {"d_model": 32, "layers": 2, "heads": 4, "d_ff": 48, "moe": {"experts": 4, "d_expert": 16, "every": 2}},
     "router": {"top_k": 2},
-    "parallel": {"expert": 2, "data": 2},
+    "parallel": {"expert": 2, "data": 4},
     "data": {"seq_len": 16, "tokenizer": "bytes"},
     "train": {"batch": 4},
 }

@@ -70,7 +70,7 @@ BAD_SETTINGS = [
         "fewer than top_k: 2 and its fill_ranks; use 3 or more",
     ),
     (
-        f"model.moe.dispatch=padded -s router.rectify.intra=true -s {SLOTS} -s parallel.expert=2 -s parallel.data=2 "
+        f"model.moe.dispatch=padded -s router.rectify.intra=true -s {SLOTS} -s parallel.expert=2 -s parallel.data=4 "
         "-s router.emulate={sources: 4, owners: 4}",
         "model.moe.dispatch",
         "use ragged",
@@ -90,7 +90,10 @@ BAD_SETTINGS = [
     ("model.moe=null -s parallel.expert=2", "parallel.expert", "use 1"),
     ("parallel.expert=3", "parallel.expert", "use 2"),
     ("parallel.expert=2 -s train.nproc=3", "train.nproc", "use 2 or 4"),
-    ("parallel.data=2 -s parallel.expert=2 -s train.nproc=2", "train.nproc", "use 4, or 0"),
+    ("parallel.data=4 -s parallel.expert=2 -s train.nproc=2", "train.nproc", "use 4, or 0"),
+    ("parallel.data=3 -s parallel.expert=2", "parallel.expert", "3 ranks of a stage"),
+    ("parallel.tensor=0", "parallel.tensor", "use 1 or more"),
+    ("parallel.shard=2 -s parallel.tensor=2 -s train.nproc=6", "train.nproc", "use 4 or 8"),
     ("parallel.piece_bytes=-1", "parallel.piece_bytes", "use 0 (never cut), a size, or auto"),
     ("parallel.bucket_bytes=8GiBB", "parallel.bucket_bytes", "25MiB, 1.5M or 10k"),
     ("parallel.data=8 -s train.batch=20", "train.batch", "use 16 or 24"),
@@ -189,7 +192,7 @@ def test_padded_stand_ins_are_refused_exactly_where_they_would_travel() -> None:
         config = TrainConfig(
             model=ModelConfig(moe=MoEConfig(experts=experts, dispatch="padded")),
             router=router,
-            parallel=ParallelConfig(expert=expert, data=data),
+            parallel=ParallelConfig(expert=expert, data=expert * data),
             train=LoopConfig(batch=emulate.sources, eval_batch=emulate.sources),
         )
         travels = False

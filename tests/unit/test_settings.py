@@ -340,6 +340,12 @@ def test_the_world_that_was_started_is_checked_again() -> None:
         train=LoopConfig(batch=16, eval_batch=32),
     )
     assert world_rules(config, 2) == world_rules(config, 4) == []
+    both = ParallelConfig(pipeline=2, shard=2, tensor=2, expert=4)
+    assert both.world() == 8 and both.world(32) == 32 and both.stage(32) == 16 and both.copies(32) == 4
+    assert world_rules(replace(config, parallel=both), 8) == []
+    assert [str(violation) for violation in world_rules(replace(config, parallel=both), 12)] == [
+        "parallel.shard: 2 does not divide 3 of the 12 ranks; use 1"
+    ]
     assert {violation.paths[0] for violation in world_rules(config, 6)} == {
         "train.batch",
         "train.eval_batch",
@@ -348,9 +354,9 @@ def test_the_world_that_was_started_is_checked_again() -> None:
     assert [str(violation) for violation in world_rules(config, 1)] == [
         "parallel.expert: 2 does not divide the 1 ranks; use 1"
     ]
-    fixed = replace(config, parallel=ParallelConfig(data=2, expert=2))
+    fixed = replace(config, parallel=ParallelConfig(data=4, expert=2))
     assert [str(violation) for violation in world_rules(fixed, 8) if violation.paths[0] == "parallel.data"] == [
-        "parallel.data: 2 x expert 2 is not the 8 ranks; use 4 or auto"
+        "parallel.data: 4 is not the 8 ranks; use 8 or auto"
     ]
 
 

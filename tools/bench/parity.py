@@ -122,7 +122,7 @@ def configure(
     return TrainConfig(
         model=ModelConfig(d_model=64, layers=2, heads=4, kv_heads=2, moe=moe),
         router=ROUTERS[mode],
-        parallel=ParallelConfig(expert=expert, data=data),
+        parallel=ParallelConfig(expert=expert, data=expert * data),
         optimizer=OptimizerConfig(lr=3e-4),
         schedule=ScheduleConfig(warmup_steps=5),
         data=DataConfig(corpus=str(corpus), tokenizer="bytes", seq_len=SEQ_LEN, dir=str(where.parent)),

@@ -62,7 +62,7 @@ def configure(contest: Contest, case: Case, method: Method, world: int, emulated
         base,
         model=replace(base.model, moe=moe),
         router=router,
-        parallel=replace(base.parallel, data=1, expert=1 if emulated else world),
+        parallel=replace(base.parallel, data=1 if emulated else world, expert=1 if emulated else world),
         train=replace(base.train, batch=base.train.batch * world),
     )
 

@@ -208,7 +208,7 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    mesh = make_mesh(ParallelConfig(data=1, expert=rank.world), device)
+    mesh = make_mesh(ParallelConfig(expert=rank.world), device)
     piece_bytes = tune_pieces(mesh)
     expected = emulate(contest, mesh)
     rows: list[dict[str, Any]] = []
