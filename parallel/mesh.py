@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .config import ParallelConfig
 from .events import Recorder, Recorders
+from .places import lines, places
 
 
 @dataclass(frozen=True)
@@ -75,49 +77,37 @@ def make_mesh(config: ParallelConfig, device: torch.device | str, recorder: Reco
     """
     device = torch.device(device)
     world = dist.get_world_size() if dist.is_initialized() else 1
-    if config.world(world) != world or config.stage(world) % config.expert:
-        raise ValueError(
-            f"parallel: pipeline {config.pipeline} x data {config.data} x shard {config.shard} x tensor "
-            f"{config.tensor}, with experts over {config.expert}, does not make the {world} rank(s) that were started; "
-            f"use data: auto, and degrees whose product divides {world}"
-        )
+    everyone = places(config, world)
     if not dist.is_initialized():
         return single(device, recorder)
-    rank, stage = dist.get_rank(), config.stage(world)
-    dense = (config.copies(world), config.shard, config.tensor)
-    ranks = torch.arange(world).view(config.pipeline, *dense)
-    experts = torch.arange(world).view(config.pipeline, stage // config.expert, config.expert)
+    rank = dist.get_rank()
     groups: dict[object, dist.ProcessGroup | None] = {}
 
-    def axis(name: str, lines: torch.Tensor) -> Axis:
-        """The line of `lines` [number, size] that this rank is in; equal lines share one process group.
+    def axis(name: str, *varying: str) -> Axis:
+        """The ranks that differ from this one in `varying` only; axes of equal ranks share one process group.
 
         But for experts: their exchanges run beside the reduction of gradients.
         """
-        rows = tuple(map(tuple, lines.tolist()))
+        rows = tuple(lines(everyone, *varying))
         own = next(row for row in rows if rank in row)
         key = (rows, name == "expert")
         if key not in groups:
             groups[key] = _group(rows, world if name != "expert" else None)
         return Axis(name, len(own), own.index(rank), groups[key])
 
-    own = rank // stage
     axes = {
-        "world": axis("world", torch.arange(world).view(1, world)),
-        "pipeline": axis("pipeline", ranks.reshape(config.pipeline, stage).T),
-        "stage": axis("stage", ranks.reshape(config.pipeline, stage)),
-        "batch": axis("batch", ranks.flatten(1, 2).transpose(1, 2).reshape(-1, dense[0] * dense[1])),
-        "data": axis("data", ranks.movedim(1, -1).reshape(-1, dense[0])),
-        "shard": axis("shard", ranks.movedim(2, -1).reshape(-1, dense[1])),
-        "tensor": axis("tensor", ranks.reshape(-1, dense[2])),
-        "expert_data": axis("expert_data", experts.transpose(1, 2).reshape(-1, experts.size(1))),
-        "expert": axis("expert", experts.reshape(-1, config.expert)),
+        "world": axis("world", "pipeline", "data", "shard", "tensor"),
+        "pipeline": axis("pipeline", "pipeline"),
+        "stage": axis("stage", "data", "shard", "tensor"),
+        "batch": axis("batch", "data", "shard"),
+        **{name: axis(name, name) for name in ("data", "shard", "tensor", "expert_data", "expert")},
     }
+    stage = next(line for line in lines(everyone, "data", "shard", "tensor") if rank in line)
     return Mesh(
         device,
         **axes,
-        dense_mesh=_device_mesh(device, ranks[own], [axes[name] for name in ("data", "shard", "tensor")]),
-        expert_mesh=_device_mesh(device, experts[own], [axes[name] for name in ("expert_data", "expert")]),
+        dense_mesh=_device_mesh(device, stage, [axes[name] for name in ("data", "shard", "tensor")]),
+        expert_mesh=_device_mesh(device, stage, [axes[name] for name in ("expert_data", "expert")]),
         recorder=recorder or Recorders(),
     )
 
@@ -131,14 +121,14 @@ def _group(rows: tuple[tuple[int, ...], ...], world: int | None) -> dist.Process
     return dist.new_subgroups_by_enumeration([list(row) for row in rows])[0]
 
 
-def _device_mesh(device: torch.device, ranks: torch.Tensor, axes: list[Axis]) -> DeviceMesh | None:
-    """`ranks`, a dim for each of `axes`, without the dims of one rank; None where that leaves none."""
+def _device_mesh(device: torch.device, ranks: Sequence[int], axes: list[Axis]) -> DeviceMesh | None:
+    """`ranks`, with a dim for each of `axes` that has more than one of them; None without any."""
     kept = [axis for axis in axes if axis.group is not None]
     if not kept:
         return None
     return DeviceMesh.from_group(
         [axis.group for axis in kept if axis.group is not None],
         device.type,
-        mesh=ranks.reshape([axis.size for axis in kept]),
+        mesh=torch.tensor(ranks).view([axis.size for axis in kept]),
         mesh_dim_names=tuple(axis.name for axis in kept),
     )

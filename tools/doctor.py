@@ -22,16 +22,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ..launch import cores, env, rendezvous
+from ..launch.errors import UserError
 from ..launch.rank_map import Assembly, RankReport, problems, report
 from ..launch.watchdog import Watchdog
-from . import selftest
+from . import rank_grid, selftest
 from .packages import Package, examine
 
 HELP = "show what this machine has and what works on it"
 EXAMPLE = """\
   wastenot doctor --selftest
   torchrun --nnodes 2 --nproc-per-node 8 ... -m wastenot.tools.cli doctor --selftest
-  srun --nodes 2 --ntasks-per-node 8 wastenot doctor --json"""
+  srun --nodes 2 --ntasks-per-node 8 wastenot doctor --json
+  wastenot doctor --layout run.yaml --ranks 16 --picture ranks.png"""
 
 _MEET_SECONDS = 30.0
 
@@ -41,11 +43,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--selftest", action="store_true", help="run small collectives: on two local ranks, or on a launcher's"
     )
+    parser.add_argument("--layout", metavar="CONFIG", help="show which rank does what under a configuration, instead")
+    parser.add_argument("--ranks", type=int, metavar="N", help="of --layout; default: as many as it asks for")
+    parser.add_argument(
+        "-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="of --layout: set one field; repeatable"
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="of --layout: draw it as PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Examines and prints; 2 where the ranks of a launcher do not fit together, 1 where the self-test fails."""
+    if args.layout is not None:
+        rank_grid.show(rank_grid.grid_of(args.layout, args.set, args.ranks), as_json=args.json, picture=args.picture)
+        return 0
+    for name in ("ranks", "set", "picture"):
+        if getattr(args, name):
+            raise UserError(f"--{name} belongs to --layout; add --layout CONFIG, or leave it out")
     rank = env.detect(os.environ)
     if rank.world > 1:
         return _run_rank(rank, args)
