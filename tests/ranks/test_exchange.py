@@ -109,7 +109,7 @@ def test_all_ranks_agree_on_the_size_of_a_piece():
 
 
 def wrong_layout(rank: int, world: int) -> str:
-    with pytest.raises(ValueError, match="does not make the 2 rank") as error:
+    with pytest.raises(ValueError, match="does not make 2 rank") as error:
         make_mesh(ParallelConfig(expert=4), "cpu")
     return str(error.value)
 
