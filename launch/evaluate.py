@@ -11,6 +11,7 @@ import torch
 
 from ..moe.decoder import Decoder
 from ..moe.routing import Routing
+from ..parallel.apply import free_gathered
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Mesh
 from .data import IGNORED, eval_windows
@@ -63,11 +64,16 @@ def evaluate(
         targets_BS = torch.from_numpy(targets[mine]).to(mesh.device)
         with computing_in(precision, mesh.device):
             output = model(tokens_BS)
-            nats = model.loss_sum(output.hidden_BSD, targets_BS)
-        routed(output.routings, min(share, max(0, total - mine.start)) * seq_len)
-        sums += torch.stack([nats.double(), (targets_BS >= 0).sum().double()])
+            # Where the layers are spread over ranks, one of them has the output layer.
+            if model.stages.has_last:
+                nats = model.loss_sum(output.hidden_BSD, targets_BS)
+                # Tensor ranks have the same targets, and losses of their own tokens.
+                count = (targets_BS >= 0).sum() * (mesh.tensor.rank == 0)
+                sums += torch.stack([nats.double(), count.double()])
+        routed(output.routings, min(share, max(0, total - mine.start)) * seq_len // mesh.tensor.size)
         progress(min(start + batch, total), total)
     model.train(training)
+    free_gathered(model, mesh)
     all_reduce(sums, mesh.world, "evaluation", mesh.recorder)
     nats, count = sums.tolist()
     return Evaluation(

@@ -165,9 +165,16 @@ class InTurn(torch.optim.Optimizer):
 
 def _fused_adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(
-        _groups(parameters, config), lr=config.lr, betas=betas, eps=config.eps, foreach=False, fused=True
-    )
+    groups = [part for group in _groups(parameters, config) for part in _by_mesh(group)]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, foreach=False, fused=True)
+
+
+def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """`group` as one for plain tensors and one for DTensors of each mesh: one fused kernel takes no two kinds."""
+    kinds: dict[Any, list[nn.Parameter]] = {}
+    for p in group["params"]:
+        kinds.setdefault(getattr(p, "device_mesh", None), []).append(p)
+    return [group | {"params": params} for params in kinds.values()] or [group]
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
@@ -176,8 +183,8 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 def _hidden_matrices(model: Decoder) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Matrices between embedding and output layer; all other parameters, stacks of matrices among them."""
-    outer = {model.embedding.weight, model.output_weight}
-    hidden = [p for p in _trained(model) if p.dim() == 2 and p not in outer]
+    outer = ("embedding.weight", "head.weight")
+    hidden = [p for name, p in model.named_parameters() if p.requires_grad and p.dim() == 2 and name not in outer]
     taken = set(hidden)
     return hidden, [p for p in _trained(model) if p not in taken]
 

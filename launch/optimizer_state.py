@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..parallel.tensor import local
+
 ADAMW_BYTES = 8
 """Of a parameter, in two fp32 moments."""
 
@@ -40,10 +42,10 @@ class OptimizerState:
 def measure(optimizer: torch.optim.Optimizer) -> OptimizerState:
     """The state of `optimizer` on this rank; waits for the device where it holds ranks."""
     held = [(parameter, state) for parameter, state in optimizer.state.items() if state]
-    ranks = [rank for _, state in held if "Q" in state for rank in state["rank"].reshape(-1).tolist()]
+    ranks = [rank for _, state in held if "Q" in state for rank in local(state["rank"]).reshape(-1).tolist()]
     return OptimizerState(
         num_bytes=state_bytes(optimizer),
-        parameters=sum(_held(parameter) for parameter, _ in held),
+        parameters=sum(local(parameter).numel() for parameter, _ in held),
         matrices=len(ranks),
         ranks=sum(ranks),
     )
@@ -63,11 +65,6 @@ def by_parameter(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Of all tensors that `optimizer` keeps, also inside quantized ones and projectors."""
     return sum(_bytes(value) for state in optimizer.state.values() for value in state.values())
-
-
-def _held(parameter: Tensor) -> int:
-    """Numbers of this rank's part."""
-    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()  # type: ignore[operator]
 
 
 def _bytes(value: Any) -> int:

@@ -1,8 +1,8 @@
 """Rules that span owners: each a small function from a TrainConfig to what it violates. Torch-free.
 
 A rule checks only what no single owner can check alone, and names the nearest legal value. Three groups: of
-the configuration alone (`CROSS_RULES`), of this machine's files and packages (`FILE_RULES`), and of what is known only
-later: the world that was started (`world_rules`), the tokenizer that was loaded (`vocabulary_rule`).
+the configuration alone (`CROSS_RULES`; what they say of ranks is in layout_rules.py), of this machine's files and
+packages (`FILE_RULES`), and of the tokenizer, known only later (`vocabulary_rule`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..moe.config import EmulateConfig, MoEConfig, nearest_divisor
-from ..parallel.config import AXES, ParallelConfig
 from .config import TrainConfig
 from .errors import Violation
+from .layout_rules import LAYOUT_RULES, multiples
 from .optimizer_config import what_is_missing
 
 CORPORA = ("shakespeare", "sotu")
@@ -67,20 +67,6 @@ def groups_fit(config: TrainConfig) -> list[Violation]:
         )
         return [Violation(("router.top_groups", "router.groups", "router.top_k", "model.moe.experts"), message)]
     return []
-
-
-def experts_split_over_ranks(config: TrainConfig) -> list[Violation]:
-    moe, degree = config.model.moe, config.parallel.expert
-    if moe is None:
-        if degree == 1:
-            return []
-        message = f"{degree} ranks would share experts, but model.moe is null; use 1 (and data for more ranks)"
-        return [Violation(("parallel.expert", "model.moe"), message)]
-    if moe.experts % degree == 0:
-        return []
-    fix = nearest_divisor(moe.experts, degree)
-    message = f"{degree} does not divide model.moe.experts: {moe.experts}; use {fix}"
-    return [Violation(("parallel.expert", "model.moe.experts"), message)]
 
 
 def padded_needs_capacity(config: TrainConfig) -> list[Violation]:
@@ -179,93 +165,6 @@ def _sources_split_evaluation(emulate: EmulateConfig, eval_batch: int) -> list[V
         return []
     message = f"{eval_batch} sequences do not split into router.emulate.sources: {emulate.sources}; use "
     return [Violation(("train.eval_batch", "router.emulate.sources"), message + multiples(eval_batch, emulate.sources))]
-
-
-def layout_is_consistent(config: TrainConfig) -> list[Violation]:
-    """`nproc` makes the world that `parallel` describes, and that world divides the work."""
-    parallel, nproc = config.parallel, config.train.nproc
-    fewest = parallel.world()
-    if nproc and (nproc % fewest if parallel.data == "auto" else nproc != fewest):
-        asked = {axis: getattr(parallel, axis) for axis in (*AXES, "expert")}
-        named = [axis for axis, degree in asked.items() if degree not in (1, "auto")]
-        degrees = " x ".join(f"{axis} {asked[axis]}" for axis in named if axis != "expert")
-        over = f", with experts over {parallel.expert}" if parallel.expert > 1 else ""
-        fix = f"use {fewest}, or 0 to follow parallel"
-        if parallel.data == "auto":
-            fix = f"use {multiples(nproc, fewest)}"
-        paths = ("train.nproc", *(f"parallel.{axis}" for axis in named))
-        return [Violation(paths, f"{nproc} ranks are not {degrees or 'what parallel says'}{over}; {fix}")]
-    return world_rules(config, parallel.world(nproc or None))
-
-
-def world_rules(config: TrainConfig, world: int) -> list[Violation]:
-    """What a world of `world` ranks asks; the trainer checks again with the ranks that were started."""
-    parallel, train, emulate = config.parallel, config.train, config.router.emulate
-    layout = tuple(f"parallel.{axis}" for axis in AXES if axis == "data" or getattr(parallel, axis) > 1)
-    layout = (*layout, "parallel.expert", "train.nproc")
-    found = _ranks_divide(parallel, world)
-    if found:
-        return found
-    readers, stage = world // (parallel.pipeline * parallel.tensor), parallel.stage(world)
-    portion = train.accumulate * readers
-    if train.batch % portion:
-        message = (
-            f"{train.batch} sequences do not split into accumulate {train.accumulate} x {readers} ranks; "
-            f"use {multiples(train.batch, portion)}"
-        )
-        found.append(Violation(("train.batch", "train.accumulate", *layout), message))
-    if train.eval_batch % readers:
-        fix = multiples(train.eval_batch, readers)
-        message = f"{train.eval_batch} sequences do not split over {readers} ranks; use {fix}"
-        found.append(Violation(("train.eval_batch", *layout), message))
-    if config.model.moe is not None and emulate is not None and emulate.sources % stage:
-        fix = multiples(emulate.sources, stage)
-        message = f"{emulate.sources} is not a multiple of the {stage} ranks; use {fix}"
-        found.append(Violation(("router.emulate.sources", *layout), message))
-    elif not found:
-        found += _stand_ins_stay(config, stage)
-    return found
-
-
-def _ranks_divide(parallel: ParallelConfig, world: int) -> list[Violation]:
-    """The world is the product of the axes, and experts divide the ranks of a stage."""
-    fixed = parallel.pipeline * parallel.shard * parallel.tensor
-    if parallel.data != "auto" and parallel.world() != world:
-        fix = f"{world // fixed} or auto" if world % fixed == 0 else "auto"
-        more = [axis for axis in AXES if axis != "data" and getattr(parallel, axis) > 1]
-        others = "".join(f" x {axis} {getattr(parallel, axis)}" for axis in more)
-        return [Violation(("parallel.data",), f"{parallel.data}{others} is not the {world} ranks; use {fix}")]
-    left = world
-    for axis in ("pipeline", "tensor", "shard"):
-        degree = getattr(parallel, axis)
-        if left % degree:
-            message = f"{degree} does not divide {left} of the {world} ranks; use {nearest_divisor(left, degree)}"
-            return [Violation((f"parallel.{axis}",), message)]
-        left //= degree
-    stage = parallel.stage(world)
-    if stage % parallel.expert:
-        where = f"the {stage} ranks" if parallel.pipeline == 1 else f"the {stage} ranks of a stage"
-        message = f"{parallel.expert} does not divide {where}; use {nearest_divisor(stage, parallel.expert)}"
-        return [Violation(("parallel.expert",), message)]
-    return []
-
-
-def _stand_ins_stay(config: TrainConfig, world: int) -> list[Violation]:
-    """Padded dispatch has no slots for stand-ins, so emulated owners must be the ranks that really hold the experts."""
-    moe, emulate, degree = config.model.moe, config.router.emulate, config.parallel.expert
-    if moe is None or emulate is None or moe.dispatch != "padded" or not config.router.rectify.intra:
-        return []
-    blocks, owners = emulate.sources // world, emulate.owners
-    if moe.experts % owners or (
-        all(source % owners * degree // owners == source // blocks % degree for source in range(emulate.sources))
-        and owners >= degree
-    ):
-        return []
-    message = (
-        f"padded has no slots for stand-ins on other ranks, where router.emulate puts them with {degree} expert "
-        "rank(s); use ragged"
-    )
-    return [Violation(("model.moe.dispatch", "router.emulate", "parallel.expert"), message)]
 
 
 def schedule_fits(config: TrainConfig) -> list[Violation]:
@@ -389,14 +288,13 @@ CROSS_RULES: tuple[Rule, ...] = (
     some_layer_has_experts,
     top_k_fits,
     groups_fit,
-    experts_split_over_ranks,
+    *LAYOUT_RULES,
     padded_needs_capacity,
     benchmark_routers_learn_nothing,
     widths_align,
     kernels_take_precision,
     quantized_blocks_fit_experts,
     emulation_splits,
-    layout_is_consistent,
     schedule_fits,
     profile_is_within_run,
     seed_is_64_bit,
@@ -413,12 +311,6 @@ FILE_RULES: tuple[Rule, ...] = (
     optimizer_is_installed,
 )
 """Hold on the machine that runs the configuration."""
-
-
-def multiples(number: int, step: int) -> str:
-    """The positive multiples of `step` on both sides of `number`, in words."""
-    low = number // step * step
-    return f"{low} or {low + step}" if low else str(step)
 
 
 def _nearest(text: str, choices: tuple[str, ...]) -> str:

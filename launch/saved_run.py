@@ -109,7 +109,7 @@ def find_checkpoint(folder: RunFolder, step: int | None) -> Path:
 
 def as_trained(router: RouterConfig, layout: Mapping[str, int]) -> RouterConfig:
     """The router that drops in one process what it dropped on the ranks that trained (METHODS R10)."""
-    world = layout.get("world", 1)
-    if router.capacity_factor is None or router.emulate is not None or world == 1:
+    sources = layout.get("world", 1) // layout.get("pipeline", 1)
+    if router.capacity_factor is None or router.emulate is not None or sources == 1:
         return router
-    return replace(router, jitter=0.0, emulate=EmulateConfig(sources=world, owners=layout.get("expert", 1)))
+    return replace(router, jitter=0.0, emulate=EmulateConfig(sources=sources, owners=layout.get("expert", 1)))

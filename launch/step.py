@@ -126,5 +126,22 @@ class Stepper:
         self.optimizer.step()
         if self.config.router.bias_update > 0:
             routers = [m for m in self.model.modules() if isinstance(m, TopKRouter)]
-            for router, load_E in zip(routers, counts[:, : -len(SLOTS)], strict=True):
-                update_bias(router, load_E)
+            for router, layer in zip(routers, self.model.moe_layers, strict=True):
+                update_bias(router, counts[layer, : -len(SLOTS)])
+
+
+def make_stepper(
+    config: TrainConfig,
+    mesh: Mesh,
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    gradients: Gradients,
+    samples: Samples,
+) -> Stepper:
+    """The kind of `Stepper` that the mesh asks for; all ranks call it together."""
+    if mesh.pipeline.size == 1:
+        return Stepper(config, mesh, model, optimizer, gradients, samples)
+    # Imported here: torch's pipelining takes a second to load.
+    from .pipelined import PipelinedStepper
+
+    return PipelinedStepper(config, mesh, model, optimizer, gradients, samples)

@@ -14,7 +14,7 @@ from .config import TrainConfig
 from .env import Rank, detect, pick_device, start, stop
 from .errors import UserError, all_together
 from .exits import OK, OUR_FAULT, guarded
-from .rules import world_rules
+from .layout_rules import world_rules
 from .run_folder import RunFolder
 from .settings import load_config
 

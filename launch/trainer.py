@@ -12,33 +12,36 @@ import torch
 
 from ..kernels.backend import implementation
 from ..moe.accounts import merge
+from ..moe.config_size import count_layer
 from ..moe.decoder import Decoder, build_decoder
 from ..moe.generate import generate
 from ..moe.ledger import SLOTS, Ledger
 from ..moe.load import Loads
 from ..parallel.checkpoint import Checkpointer, newest
 from ..parallel.checkpoint import read_meta as read_checkpoint_meta
-from ..parallel.collectives import gather_to_root, tune_pieces
+from ..parallel.collectives import all_reduce, gather_to_root, tune_pieces
 from ..parallel.expert import expert_parameter_names
 from ..parallel.gradients import Gradients
 from ..parallel.mesh import Mesh
+from ..parallel.stages import Stages, lay_out
 from ..parallel.training_state import load_training_state, training_state
 from .config import TrainConfig
 from .console import RunConsole
 from .data import Samples
 from .errors import UserError, Violation, all_together
 from .evaluate import Evaluation, evaluate
+from .layout_rules import world_rules
 from .metrics import MetricsWriter
 from .optimizer import make_optimizer
 from .optimizer_config import refuse_state_of_others
 from .optimizer_state import by_parameter, in_all, measure
 from .precision import weight_dtype
-from .rules import vocabulary_rule, world_rules
+from .rules import vocabulary_rule
 from .run_folder import RunFolder
 from .settings import as_mapping
 from .shards import TokenShards, read_meta
 from .signals import StopRequest
-from .step import Stepper, StepResult
+from .step import StepResult, make_stepper
 from .straggler import straggler
 from .summary import Summary, finish
 from .tokenizer import load_tokenizer
@@ -75,6 +78,8 @@ class Trainer:
         self.mesh, self.console, self.ledger, self.watchdog = mesh, console, ledger, watchdog
         self.folder = RunFolder(config.log.dir)
         self.corpus_meta = read_meta(data)
+        first = mesh.pipeline.rank * mesh.stage.size
+        self.watchdog.stage = range(first, first + mesh.stage.size)
         self.tokenizer = load_tokenizer(data)
         self.stop = StopRequest()
         if config.train.deterministic:
@@ -92,11 +97,12 @@ class Trainer:
             dtype=weight_dtype(config.train.precision),
             piece_bytes=self.piece_bytes,
             backend=config.kernels,
+            stages=stages_of(config, mesh),
         )
         self.optimizer = make_optimizer(self.model, config.optimizer)
         gradients = Gradients(self.model, mesh, config.parallel.bucket_bytes)
         samples = Samples(self.shards, config.data.seq_len, config.train.seed)
-        self.stepper = Stepper(config, mesh, self.model, self.optimizer, gradients, samples)
+        self.stepper = make_stepper(config, mesh, self.model, self.optimizer, gradients, samples)
         self.checkpoints = Checkpointer(
             self.folder.checkpoints, mesh, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
         )
@@ -192,9 +198,11 @@ class Trainer:
         self.saved_at = self.progress.step
 
     def num_parameters(self) -> int:
-        """Parameters of the whole model, the experts of all ranks included."""
+        """Parameters of the whole model, those that other ranks hold included; all ranks take part."""
         sizes = ((self.is_expert(name), p.numel()) for name, p in self.model.named_parameters())
-        return sum(size * (self.mesh.expert.size if expert else 1) for expert, size in sizes)
+        here = sum(size * (self.mesh.expert.size if expert else 1) for expert, size in sizes)
+        counted = torch.tensor([here], device=self.mesh.device)
+        return int(all_reduce(counted, self.mesh.pipeline, "summary", self.mesh.recorder))
 
     def tokenizer_files(self) -> list[Path]:
         """Files that `load_tokenizer` needs."""
@@ -328,6 +336,16 @@ class Trainer:
             activities=activities, schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(trace))
         ) as profiler:
             yield profiler.step
+
+
+def stages_of(config: TrainConfig, mesh: Mesh) -> Stages:
+    """Which layers this rank holds of the model of `config`, whose vocabulary is known."""
+    model = config.model
+    costs = [count_layer(model, config.router, layer)["total"] for layer in range(model.layers)]
+    matrix = model.vocab_size * model.d_model
+    costs[0] += matrix
+    costs[-1] += 0 if model.tie_embeddings else matrix
+    return lay_out(config.parallel, costs, mesh.pipeline.rank)
 
 
 def complete(config: TrainConfig, mesh: Mesh, vocab_size: int) -> TrainConfig:

@@ -39,6 +39,8 @@ class Watchdog:
     ) -> None:
         """Watches from now on; `store` is what `env.start` returned, None (one rank) watches nothing."""
         self._rank = rank
+        self.stage = range(rank.world)
+        """Ranks that enter the same collectives in the same order: those of this one's pipeline stage."""
         self._timeout_s = timeout_seconds
         self._beat_s = beat_seconds
         self._step, self._phase = 0, "starting"
@@ -150,7 +152,7 @@ class Watchdog:
         def ask() -> str:
             if not self._board.claim("hang"):
                 return self._board.await_message("report", 3 * self._beat_s + self.store_seconds)
-            text = "\n".join([head, *_findings(number, name, *self._board.survey(self._beat_s))])
+            text = "\n".join([head, *_findings(number, name, *self._board.survey(self._beat_s), self.stage)])
             print(text, file=sys.stderr, flush=True)
             # A rank whose collective breaks when this one exits, before its own patience ends, hears of it.
             self._board.say("verdict", "the watchdog of another rank has reported a hang")
@@ -212,8 +214,9 @@ def _gone(rank: int, places: Mapping[int, Place]) -> str:
     return f"rank {rank} is dead or stopped: no heartbeat since {places[rank].describe()}"
 
 
-def _findings(number: int, name: str, places: Mapping[int, Place], silent: set[int]) -> list[str]:
-    """One line for each rank that is not in collective `name`, which the others entered as their `number`th."""
+def _findings(number: int, name: str, places: Mapping[int, Place], silent: set[int], stage: range) -> list[str]:
+    """One line for each rank that is not in collective `name`, which the others of `stage` entered as their
+    `number`th."""
     lines, there = [], []
     for rank in sorted(places.keys() | silent):
         if rank in silent:
@@ -221,11 +224,14 @@ def _findings(number: int, name: str, places: Mapping[int, Place], silent: set[i
             continue
         place = places[rank]
         found = dict(place.waiting).get(number)
-        if found == name:
+        if found == name and rank in stage:
             there.append(str(rank))
             continue
         if place.ended:
             what = f"has ended ({place.ended})"
+        elif rank not in stage:
+            waits = ", ".join(f'"{other}"' for _, other in place.waiting)
+            what = f"of another pipeline stage {f'waits in {waits}' if waits else 'waits for nothing'}"
         elif found is not None:
             what = f'waits in "{found}" instead: the ranks do not agree on what comes next'
         elif place.entered >= number:

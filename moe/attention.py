@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.backend import Backend
+from ..parallel.mesh import Mesh
+from ..parallel.tensor import ALONE, Stream, local
 from .config import ModelConfig
-from .norm import RMSNorm
+from .norm import CutRMSNorm, RMSNorm
 
 
 @dataclass
 class KVCache:
-    """Keys and values of the tokens seen so far, for all layers; B sequences padded on the left."""
+    """Keys and values of the tokens seen so far, for all layers of this rank; B sequences padded on the left."""
 
-    keys: list[Tensor]
-    """Per layer [B, kv_heads, max_tokens, d_head]."""
-    values: list[Tensor]
+    keys: dict[int, Tensor]
+    """Per layer [B, kv_heads, max_tokens, d_head], of the heads that this rank computes."""
+    values: dict[int, Tensor]
     padding_B: Tensor
     """int64: pad tokens at the left of each sequence."""
     filled: int = 0
     """Tokens in the cache, the same for all sequences."""
 
     @classmethod
-    def empty(cls, config: ModelConfig, padding_B: Tensor, max_tokens: int, dtype: torch.dtype) -> KVCache:
-        """A cache for `max_tokens` tokens of each of B sequences."""
-        shape = (padding_B.numel(), config.num_kv_heads, max_tokens, config.head_width)
+    def empty(
+        cls,
+        config: ModelConfig,
+        padding_B: Tensor,
+        max_tokens: int,
+        dtype: torch.dtype,
+        layers: Iterable[int] | None = None,
+        ranks: int = 1,
+    ) -> KVCache:
+        """A cache for `max_tokens` tokens of each of B sequences.
 
-        def memory() -> list[Tensor]:
-            return [torch.zeros(shape, dtype=dtype, device=padding_B.device) for _ in range(config.layers)]
+        layers: None is all of the model; ranks: that the heads are spread over.
+        """
+        shape = (padding_B.numel(), config.num_kv_heads // ranks, max_tokens, config.head_width)
+
+        held = list(range(config.layers) if layers is None else layers)
+
+        def memory() -> dict[int, Tensor]:
+            return {layer: torch.zeros(shape, dtype=dtype, device=padding_B.device) for layer in held}
 
         return cls(memory(), memory(), padding_B)
 
@@ -93,29 +110,46 @@ def rotate(x_BSHd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; query heads share key/value heads in groups."""
+    """Causal self-attention; query heads share key/value heads in groups. Tensor ranks have heads of their own."""
 
-    def __init__(self, config: ModelConfig, layer: int, backend: Backend = "auto") -> None:
+    tensor_parameters: ClassVar = {"q.weight": 0, "k.weight": 0, "v.weight": 0, "out.weight": 1}
+
+    def __init__(self, config: ModelConfig, layer: int, backend: Backend = "auto", mesh: Mesh | None = None) -> None:
         super().__init__()
         self.layer, self.width = layer, config.head_width
-        self.heads, self.kv_heads = config.heads, config.num_kv_heads
-        self.q = nn.Linear(config.d_model, self.heads * self.width, bias=False)
-        self.k = nn.Linear(config.d_model, self.kv_heads * self.width, bias=False)
-        self.v = nn.Linear(config.d_model, self.kv_heads * self.width, bias=False)
-        self.out = nn.Linear(self.heads * self.width, config.d_model, bias=False)
+        ranks = 1 if mesh is None else mesh.tensor.size
+        if config.heads % ranks or config.num_kv_heads % ranks:
+            raise ValueError(
+                f"tensor: {ranks} ranks cannot share {config.heads} heads and {config.num_kv_heads} key/value heads; "
+                "use a divisor of both"
+            )
+        self.heads, self.kv_heads = config.heads // ranks, config.num_kv_heads // ranks
+        q_width, kv_width = config.heads * self.width, config.num_kv_heads * self.width
+        self.q = nn.Linear(config.d_model, q_width, bias=False)
+        self.k = nn.Linear(config.d_model, kv_width, bias=False)
+        self.v = nn.Linear(config.d_model, kv_width, bias=False)
+        self.out = nn.Linear(q_width, config.d_model, bias=False)
         self.norm_per_head = config.qk_norm == "head"
-        if config.qk_norm != "none":
-            widths = (self.width,) * 2 if self.norm_per_head else (self.heads * self.width, self.kv_heads * self.width)
+        if config.qk_norm == "none":
+            self.q_norm = self.k_norm = None
+        elif self.norm_per_head or mesh is None or ranks == 1:
+            widths = (self.width,) * 2 if self.norm_per_head else (q_width, kv_width)
             self.q_norm, self.k_norm = (RMSNorm(width, config.norm_eps, backend) for width in widths)
         else:
-            self.q_norm = self.k_norm = None
+            self.q_norm, self.k_norm = (CutRMSNorm(width, config.norm_eps, mesh) for width in (q_width, kv_width))
 
     def forward(
-        self, x_BSD: Tensor, table: tuple[Tensor, Tensor], cache: KVCache | None = None, mask: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        table: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+        stream: Stream = ALONE,
     ) -> Tensor:
         """Attends within each sequence; with a `cache`, also to what it holds, as its `mask` allows."""
-        B, S, _ = x_BSD.shape
-        q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD).view(B, S, self.kv_heads, self.width)
+        q, k, v = stream.project(x_BSD, *(local(projection.weight) for projection in (self.q, self.k, self.v)))
+        B, S, _ = q.shape
+        v = v.view(B, S, self.kv_heads, self.width)
         if self.q_norm is not None and self.k_norm is not None and not self.norm_per_head:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.view(B, S, self.heads, self.width), k.view(B, S, self.kv_heads, self.width)
@@ -129,4 +163,4 @@ class Attention(nn.Module):
         else:
             k, v = cache.append(self.layer, k, v)
             y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, enable_gqa=grouped)
-        return self.out(y.transpose(1, 2).reshape(B, S, -1))
+        return stream.leave(F.linear(y.transpose(1, 2).reshape(B, S, -1), local(self.out.weight)))

@@ -265,3 +265,7 @@ class ModelConfig:
         """Whether layer number `layer` (from 0) has experts."""
         moe = self.moe
         return moe is not None and layer >= moe.first_dense and (layer + 1) % moe.every == 0
+
+    def nth_moe(self, layer: int) -> int:
+        """How many of the layers before `layer` have experts: the number of a MoE layer among those, from 0."""
+        return sum(self.is_moe(earlier) for earlier in range(layer))

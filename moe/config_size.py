@@ -16,17 +16,20 @@ def count_parameters(model: ModelConfig, router: RouterConfig, vocab_size: int =
     embeddings = rows * model.d_model * (1 if model.tie_embeddings else 2)
     total = active = embeddings + model.d_model
     for layer in range(model.layers):
-        shared = _attention(model) + 2 * model.d_model
-        total += shared
-        active += shared
-        if model.moe is not None and model.is_moe(layer):
-            always, expert = _always_active(model, model.moe), swiglu(model.d_model, model.moe.d_expert)
-            total += always + model.moe.experts * expert
-            active += always + router.top_k * expert
-        else:
-            total += swiglu(model.d_model, model.dense_width)
-            active += swiglu(model.d_model, model.dense_width)
+        of_layer = count_layer(model, router, layer)
+        total += of_layer["total"]
+        active += of_layer["active"]
     return {"total": total, "active": active}
+
+
+def count_layer(model: ModelConfig, router: RouterConfig, layer: int) -> dict[str, int]:
+    """The same of layer number `layer` alone, from 0."""
+    shared = _attention(model) + 2 * model.d_model
+    if model.moe is None or not model.is_moe(layer):
+        dense = shared + swiglu(model.d_model, model.dense_width)
+        return {"total": dense, "active": dense}
+    always, expert = shared + _always_active(model, model.moe), swiglu(model.d_model, model.moe.d_expert)
+    return {"total": always + model.moe.experts * expert, "active": always + router.top_k * expert}
 
 
 def swiglu(d_model: int, width: int) -> int:

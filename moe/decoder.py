@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,12 @@ from torch import Tensor, nn
 
 from ..kernels.backend import Backend
 from ..kernels.cross_entropy import linear_cross_entropy
+from ..parallel import vocabulary
 from ..parallel.apply import Initialiser, parallelize
 from ..parallel.mesh import Mesh
+from ..parallel.relay import Relay
+from ..parallel.stages import Stages, whole
+from ..parallel.tensor import ALONE, Stream, streams
 from .attention import Attention, KVCache, rotary_table
 from .config import ModelConfig, RouterConfig
 from .feedforward import SwiGLU
@@ -35,11 +41,10 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps, backend)
-        self.attention = Attention(config, layer, backend)
+        self.attention = Attention(config, layer, backend, mesh)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps, backend)
         if config.moe is not None and config.is_moe(layer):
-            nth = sum(config.is_moe(earlier) for earlier in range(layer))
-            self.ffn = MoELayer(config.d_model, config.moe, router, mesh, piece_bytes, backend, nth)
+            self.ffn = MoELayer(config.d_model, config.moe, router, mesh, piece_bytes, backend, config.nth_moe(layer))
         else:
             self.ffn = SwiGLU(config.d_model, config.dense_width)
 
@@ -49,14 +54,15 @@ class Block(nn.Module):
         table: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
         mask: Tensor | None = None,
+        stream: Stream = ALONE,
     ) -> tuple[Tensor, Routing | None]:
         """The residual stream after this block, and its routing if it has experts."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table, cache, mask)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table, cache, mask, stream)
         normed_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoELayer):
-            y_BSD, routing = self.ffn(normed_BSD, dropless=cache is not None)
+            y_BSD, routing = self.ffn(normed_BSD, dropless=cache is not None, stream=stream)
         else:
-            y_BSD, routing = self.ffn(normed_BSD), None
+            y_BSD, routing = self.ffn(normed_BSD, stream), None
         return x_BSD + y_BSD.to(x_BSD.dtype), routing
 
 
@@ -65,13 +71,19 @@ class DecoderOutput:
     """What one forward pass gives."""
 
     hidden_BSD: Tensor
-    """After the final norm: what the output layer reads."""
+    """After the final norm: what the output layer reads; of this rank's part of each sequence where tensor ranks share
+    it. On ranks without the last stage, what they passed on."""
     routings: list[Routing]
-    """One per MoE layer, in order."""
+    """One per MoE layer of this rank, in order."""
 
 
 class Decoder(nn.Module):
-    """A transformer language model over token ids."""
+    """A transformer language model over token ids: this rank's layers, under the names they have in the whole.
+
+    Tensor ranks read the same token ids; between layers each holds its part of every sequence, in order of rank.
+    """
+
+    tensor_parameters: ClassVar = {"embedding.weight": 0, "head.weight": 0}
 
     def __init__(
         self,
@@ -80,19 +92,34 @@ class Decoder(nn.Module):
         mesh: Mesh,
         piece_bytes: int = 0,
         backend: Backend = "auto",
+        stages: Stages | None = None,
     ) -> None:
+        """`stages` says which layers this rank holds, the embedding with the first and the output layer with the
+        last; None: all."""
         super().__init__()
         if config.vocab_size < 1:
             raise ValueError("vocab_size: 0 is only for configurations that a tokenizer completes; set the size")
         self.config = config
         self.mesh = mesh
         self.backend: Backend = backend
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(
-            Block(config, router, layer, mesh, piece_bytes, backend) for layer in range(config.layers)
-        )
-        self.norm = RMSNorm(config.d_model, config.norm_eps, backend)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.cut_stream, self.whole_stream = streams(mesh)
+        self.stages = whole(config.layers) if stages is None else stages
+        self.relay = Relay(mesh, self.stages)
+        if self.stages.has_first:
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        # Iterates over the layers held; each is named by its number in the model.
+        self.blocks = nn.ModuleList()
+        for layer in self.stages.held:
+            self.blocks.add_module(str(layer), Block(config, router, layer, mesh, piece_bytes, backend))
+        if self.stages.has_last:
+            self.norm = RMSNorm(config.d_model, config.norm_eps, backend)
+        has_head = self.stages.has_last and not config.tie_embeddings
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False) if has_head else None
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Numbers of this rank's MoE layers among those of the model, in order."""
+        return _moe_layers(self.config, self.stages.held)
 
     @property
     def output_weight(self) -> Tensor:
@@ -100,33 +127,95 @@ class Decoder(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(self, tokens_BS: Tensor, cache: KVCache | None = None) -> DecoderOutput:
-        """Hidden states of `tokens_BS` (int64); with a `cache`, of tokens that follow what it holds."""
-        S = tokens_BS.size(1)
-        x_BSD = self.embedding(tokens_BS)
-        positions = cache.positions(S) if cache is not None else torch.arange(S, device=tokens_BS.device)
+        """Hidden states of `tokens_BS` (int64); with a `cache`, of tokens that follow what it holds.
+
+        In a pipeline all ranks call it with the same tokens, without gradients: `Section` is what learns. Raises
+        ValueError where tensor ranks cannot share sequences of this length.
+        """
+        B, S = tokens_BS.shape
+        own = S if cache is not None else S // self.mesh.tensor.size
+        x_BSD, routings = tokens_BS, []
+        for stage in self.stages.own:
+            if stage > 0:
+                x_BSD = self.relay.receive(stage, (B, own, self.config.d_model), next(self.parameters()).dtype)
+            x_BSD, more = self.run(stage, x_BSD, cache)
+            routings += more
+            if stage < self.stages.last:
+                self.relay.send(stage, x_BSD)
+        if cache is not None:
+            cache.filled += S
+        return DecoderOutput(x_BSD, routings)
+
+    def run(self, stage: int, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor, list[Routing]]:
+        """What `stage` makes of tokens [B, S], if it is the first, or else of hidden states [B, S, D].
+
+        Of hidden states tensor ranks have their part of S each, but with a cache.
+        """
+        ranks = self.mesh.tensor.size
+        # With a cache tokens come one at a time, which nobody can share.
+        stream, shares = (self.whole_stream, 1) if cache is not None else (self.cut_stream, ranks)
+        S = x.size(1) if stage == 0 else x.size(1) * shares
+        if S % shares:
+            raise ValueError(f"sequences of {S} tokens cannot be shared by {ranks} tensor ranks")
+        x_BSD = self._embed(x, stream) if stage == 0 else x
+        positions = cache.positions(S) if cache is not None else torch.arange(S, device=x_BSD.device)
         table = rotary_table(positions, self.config.head_width, self.config.rope_theta, x_BSD.dtype)
         mask = cache.mask(S) if cache is not None else None
         routings: list[Routing] = []
-        for block in self.blocks:
-            x_BSD, routing = block(x_BSD, table, cache, mask)
+        for layer in self.stages.layers[stage]:
+            x_BSD, routing = self.blocks.get_submodule(str(layer))(x_BSD, table, cache, mask, stream)
             if routing is not None:
                 routings.append(routing)
-        if cache is not None:
-            cache.filled += S
-        return DecoderOutput(self.norm(x_BSD), routings)
+        return (self.norm(x_BSD) if stage == self.stages.last else x_BSD), routings
+
+    def _embed(self, tokens_BS: Tensor, stream: Stream) -> Tensor:
+        if self.mesh.tensor.group is None:
+            return self.embedding(tokens_BS)
+        return vocabulary.look_up(tokens_BS, self.embedding.weight, self.mesh, stream)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
-        """Scores of the next token, [B, S, V]."""
-        return F.linear(hidden_BSD, self.output_weight)
+        """Scores of the next token, [B, S, V]; on tensor ranks without gradient, of tokens that all of them hold."""
+        if self.mesh.tensor.group is None:
+            return F.linear(hidden_BSD, self.output_weight)
+        return vocabulary.scores(hidden_BSD, self.output_weight, self.mesh)
 
     def loss_sum(self, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
-        """Sum of next-token losses in nats; targets of -100 count nothing."""
+        """Sum of next-token losses in nats; targets of -100 count nothing.
+
+        On tensor ranks: targets of whole sequences give the sum over this rank's part of them.
+        """
         hidden_TD, weight = hidden_BSD.flatten(0, 1), self.output_weight
         device = hidden_TD.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             hidden_TD, weight = hidden_TD.to(dtype), weight.to(dtype)
+        if self.mesh.tensor.group is not None:
+            targets_GT = targets_BS.unflatten(1, (self.mesh.tensor.size, -1)).movedim(1, 0).flatten(1)
+            return vocabulary.linear_cross_entropy(hidden_TD, weight, targets_GT, self.mesh)
         return linear_cross_entropy(hidden_TD, weight, targets_BS.reshape(-1), self.backend)
+
+
+class Section(nn.Module):
+    """One stage of a decoder as a module of its own, over the decoder's weights: `Decoder.run`."""
+
+    def __init__(self, decoder: Decoder, stage: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(decoder.blocks.get_submodule(str(n)) for n in decoder.stages.layers[stage])
+        ends: list[nn.Module] = [decoder.embedding] if stage == 0 else []
+        if stage == decoder.stages.last:
+            ends += [decoder.norm, decoder.embedding if decoder.head is None else decoder.head]
+        self.ends = nn.ModuleList(ends)
+        self._run, self.stage = decoder.run, stage
+        self.moe_layers = _moe_layers(decoder.config, decoder.stages.layers[stage])
+        """As `Decoder.moe_layers`, of this stage."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Routing]]:
+        """See `Decoder.run`."""
+        return self._run(self.stage, x)
+
+
+def _moe_layers(config: ModelConfig, layers: Iterable[int]) -> list[int]:
+    return [config.nth_moe(layer) for layer in layers if config.is_moe(layer)]
 
 
 def initialiser(config: ModelConfig) -> Initialiser:
@@ -156,10 +245,11 @@ def build_decoder(
     dtype: torch.dtype = torch.float32,
     piece_bytes: int = 0,
     backend: Backend = "auto",
+    stages: Stages | None = None,
 ) -> Decoder:
     """This rank's part of a freshly initialised model, the same model under every layout of ranks."""
     with torch.device("meta"):
-        model = Decoder(config, router, mesh, piece_bytes, backend)
+        model = Decoder(config, router, mesh, piece_bytes, backend, stages)
     parallelize(model, mesh, initialiser(config), seed, dtype)
     return model
 
@@ -167,10 +257,11 @@ def build_decoder(
 def with_router(model: Decoder, router: RouterConfig) -> Decoder:
     """The same weights, shared and not copied, under another `router`; in the mode (training or not) of `model`.
 
-    Raises ValueError where experts are spread over ranks: there a model starts from its configuration.
+    Raises ValueError where weights are spread over ranks: there a model starts from its configuration.
     """
-    if model.mesh.expert.size > 1:
-        raise ValueError(f"the experts are spread over {model.mesh.expert.size} ranks; build a model with that router")
+    ranks = max(model.mesh.expert.size, model.mesh.shard.size, model.mesh.tensor.size)
+    if ranks > 1:
+        raise ValueError(f"the weights are spread over {ranks} ranks; build a model with that router")
     first = next(block.ffn for block in model.blocks if isinstance(block.ffn, MoELayer))
     with torch.device("meta"):
         other = Decoder(model.config, router, model.mesh, first.dispatcher.piece_bytes, model.backend)

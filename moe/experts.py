@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -25,3 +27,10 @@ class GroupedExperts(nn.Module):
         """Each row through its expert: rows of expert i end before row offsets_e[i] (int32)."""
         dtype = rows_RD.dtype
         return grouped_swiglu(rows_RD, self.gate_up.to(dtype), self.down.to(dtype), offsets_e, self.backend)
+
+    def hold(self, use: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+        """`use(x_TD)`, during which the weights are whole: it may call `forward`, on some ranks more often than others.
+
+        Where FSDP2 shares their storage they are gathered once around it. `__call__` would gather them at each call.
+        """
+        return use(x_TD)

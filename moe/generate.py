@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..parallel.apply import seed_of
+from ..parallel.apply import free_gathered, seed_of
 from ..parallel.mesh import Mesh
 from ..parallel.stopwatch import Stopwatch
 from .attention import KVCache
@@ -37,7 +37,8 @@ def generate(
     up `top_p` of the probability. Prompt number i has its own random stream, set by (seed, i): what else is in the
     batch does not change its draws.
 
-    Under expert parallelism all ranks call this with the same arguments and get rank 0's tokens.
+    Where ranks share experts, layers or the storage of weights, all of them call this with the same arguments and get
+    the same tokens.
 
     Raises ValueError where a prompt is empty or holds a token that the model does not know, or an option is outside
     its range.
@@ -45,12 +46,14 @@ def generate(
     _check(model, prompts, max_new_tokens, temperature, top_p, top_k)
     if not prompts:
         return []
-    device = model.embedding.weight.device
+    weight = next(model.parameters())
+    device = weight.device
     padding_B, tokens_BS = _pad_left(prompts, device)
     B, S = tokens_BS.shape
     # Drawn ahead on the host: the same on every device, whatever the others in the batch do.
     uniform_BN = torch.stack([_stream(seed_of("generate", seed, row), max_new_tokens) for row in range(B)]).to(device)
-    cache = KVCache.empty(model.config, padding_B, S + max_new_tokens, model.embedding.weight.dtype)
+    held, ranks = model.stages.held, model.mesh.tensor.size
+    cache = KVCache.empty(model.config, padding_B, S + max_new_tokens, weight.dtype, held, ranks)
     mesh = _mesh_of(model)
     made: list[Tensor] = []
     ended_B = torch.zeros(B, dtype=torch.bool, device=device)
@@ -59,10 +62,13 @@ def generate(
     try:
         for step in range(max_new_tokens):
             hidden_BSD = model(tokens_BS, cache).hidden_BSD
-            logits_BV = model.logits(hidden_BSD[:, -1:])[:, 0]
-            chosen_B = sample(logits_BV, uniform_BN[:, step], temperature, top_p, top_k)
+            if model.stages.has_last:
+                logits_BV = model.logits(hidden_BSD[:, -1:])[:, 0]
+                chosen_B = sample(logits_BV, uniform_BN[:, step], temperature, top_p, top_k)
+            else:
+                chosen_B = torch.empty(B, dtype=torch.int64, device=device)
             if mesh is not None:
-                _take_from_first(chosen_B, mesh)
+                _take_from(model.stages.ranks[-1] * mesh.stage.size, chosen_B, mesh)
             made.append(chosen_B)
             if end_token is not None:
                 ended_B |= chosen_B == end_token
@@ -71,6 +77,7 @@ def generate(
             tokens_BS = chosen_B.unsqueeze(1)
     finally:
         model.train(was_training)
+        free_gathered(model, model.mesh)
     return [_until(row, end_token) for row in torch.stack(made, 1).tolist()]
 
 
@@ -131,18 +138,21 @@ def _stream(seed: int, count: int) -> Tensor:
 
 
 def _mesh_of(model: Decoder) -> Mesh | None:
-    """The ranks that the model's experts are spread over; None for a dense model, which needs no other rank."""
+    """The ranks that the model is spread over; None for a dense model in one piece, which needs no other rank."""
+    if any(axis.size > 1 for axis in (model.mesh.pipeline, model.mesh.shard, model.mesh.tensor)):
+        return model.mesh
     return next((module.dispatcher.mesh for module in model.modules() if isinstance(module, MoELayer)), None)
 
 
-def _take_from_first(tokens_B: Tensor, mesh: Mesh) -> None:
-    """Overwrites `tokens_B` with rank 0's: ranks that differ in a last bit would stop at different steps and hang."""
+def _take_from(rank: int, tokens_B: Tensor, mesh: Mesh) -> None:
+    """Overwrites `tokens_B` with those of `rank`: ranks that differ in a last bit would stop at different steps and
+    hang."""
     if mesh.world.group is None:
         return
-    num_bytes = tokens_B.numel() * tokens_B.element_size() if mesh.world.rank == 0 else 0
+    num_bytes = tokens_B.numel() * tokens_B.element_size() if mesh.world.rank == rank else 0
     mesh.recorder.collective_entered("sampled-tokens", num_bytes)
     watch = Stopwatch(tokens_B.device)
-    dist.broadcast(tokens_B, src=0, group=mesh.world.group)
+    dist.broadcast(tokens_B, src=rank, group=mesh.world.group)
     mesh.recorder.collective_left("sampled-tokens", watch.stop())
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from ..kernels.backend import Backend
 from ..parallel.mesh import Mesh
+from ..parallel.tensor import ALONE, Stream
 from .config import MoEConfig, RouterConfig
 from .dispatcher import Dispatcher
 from .experts import GroupedExperts
@@ -37,18 +40,22 @@ class MoELayer(nn.Module):
         self.experts = GroupedExperts(moe.experts, d_model, moe.d_expert, backend)
         self.shared = SwiGLU(d_model, moe.d_expert * moe.shared_experts) if moe.shared_experts else None
         self.mixer = Mixer(moe.experts, router, mesh, moe.dispatch, piece_bytes, backend, f"layer{layer}.")
+        self._is_gathered = mesh.expert_shard.size > 1
 
     @property
     def dispatcher(self) -> Dispatcher:
         """Where the layer's experts are."""
         return self.mixer.dispatcher
 
-    def forward(self, x_BSD: Tensor, dropless: bool = False) -> tuple[Tensor, Routing]:
+    def forward(self, x_BSD: Tensor, dropless: bool = False, stream: Stream = ALONE) -> tuple[Tensor, Routing]:
         """Returns the layer's output, shaped like `x_BSD`, and the routing it used.
 
-        `dropless` lifts any capacity, for generation.
+        `dropless` lifts any capacity, for generation. The shared experts are a dense layer, which reads `stream`.
         """
         x_TD = x_BSD.flatten(0, -2)
         routing = self.mixer.rectify(self.router(x_TD, 1 if dropless else self.mixer.blocks, dropless))
-        y_TD = self.mixer(x_TD, routing, self.experts, self.shared)
+        shared = None if self.shared is None else partial(self.shared, stream=stream)
+        # Gathered weights are there for the whole of `hold`; a call with hooks would gather and free them each time.
+        experts = self.experts.forward if self._is_gathered else self.experts
+        y_TD = self.experts.hold(lambda x_TD: self.mixer(x_TD, routing, experts, shared), x_TD)
         return y_TD.view_as(x_BSD), routing

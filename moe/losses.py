@@ -22,8 +22,8 @@ def load_balance(routing: Routing, over: str, mesh: Mesh, sequences: int) -> Ten
     """Switch load-balancing loss, E * sum_e f_e P_e, on first choices before dropping (R8).
 
     f_e is the part of tokens whose first choice is e, P_e the mean router probability of e; both over a block
-    (mean over this rank's blocks), a sequence (mean over `sequences`), or all ranks' tokens (`global`: this
-    rank's term of the one sum). Returns the part of this rank of the mean over ranks.
+    (mean over this rank's blocks), a sequence (mean over `sequences`, of which tensor ranks hold parts), or all ranks'
+    tokens (`global`: this rank's term of the one sum). Returns the part of this rank of the mean over ranks.
     """
     T, E = routing.probs_TE.shape
     first_T = routing.experts_TK[:, 0]
@@ -35,6 +35,8 @@ def load_balance(routing: Routing, over: str, mesh: Mesh, sequences: int) -> Ten
     group_T = torch.arange(T, device=first_T.device) // (T // groups)
     counts_gE = count_of(group_T * E + first_T, groups * E).view(groups, E)
     part_gE = counts_gE.to(routing.probs_TE.dtype) / (T // groups)
+    if over == "sequence" and mesh.tensor.size > 1:
+        part_gE = all_reduce(part_gE, mesh.tensor, "balance-counts", mesh.recorder) / mesh.tensor.size
     mean_gE = routing.probs_TE.view(groups, T // groups, E).mean(1)
     return E * (part_gE * mean_gE).sum() / (groups * mesh.stage.size)
 
@@ -45,23 +47,31 @@ def z_loss(routing: Routing, mesh: Mesh) -> Tensor:
 
 
 def auxiliary_loss(
-    routings: Sequence[Routing], config: RouterConfig, mesh: Mesh, sequences: int
+    routings: Sequence[Routing], config: RouterConfig, mesh: Mesh, sequences: int, layers: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum over layers of all configured router losses, and the unweighted mean of each for the log."""
+    """Weighted sum over layers of all configured router losses, and the unweighted mean of each for the log.
+
+    layers: over which those are means, where `routings` are of some of them only: of their parts, the sum over ranks.
+    """
     device = mesh.device
     total = torch.zeros((), device=device)
     shown: dict[str, Tensor] = {}
-    if not routings or config.kind != "learned":
+    layers = len(routings) if layers is None else layers
+    if not layers or config.kind != "learned":
         return total, shown
     if config.balance_loss > 0:
-        balance = torch.stack([load_balance(r, config.balance_over, mesh, sequences) for r in routings])
+        balance = _stacked([load_balance(r, config.balance_over, mesh, sequences) for r in routings], device)
         total = total + config.balance_loss * balance.sum()
-        shown["balance_loss"] = balance.detach().mean()
+        shown["balance_loss"] = balance.detach().sum() / layers
     if config.z_loss > 0:
-        z = torch.stack([z_loss(r, mesh) for r in routings])
+        z = _stacked([z_loss(r, mesh) for r in routings], device)
         total = total + config.z_loss * z.sum()
-        shown["z_loss"] = z.detach().mean()
+        shown["z_loss"] = z.detach().sum() / layers
     return total, shown
+
+
+def _stacked(losses: list[Tensor], device: torch.device) -> Tensor:
+    return torch.stack(losses) if losses else torch.zeros(0, device=device)
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ..kernels.backend import Backend
 from ..parallel.mesh import Mesh, single
+from ..parallel.tensor import compute_dtype
 from .config import RouterConfig, nearest_divisor
 from .dispatcher import Dispatcher
 from .router import route
@@ -104,7 +104,7 @@ class Mixer:
         shared: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Each token's weighted sum over its experts, and what `shared` makes of it; [T, D]."""
-        x_TD = _compute_dtype(x_TD)
+        x_TD = compute_dtype(x_TD)
         dispatcher = self.dispatcher
         travel = self.rectifier is not None and self.rectifier.travels
         handle = dispatcher.plan(routing, x_TD.size(-1) * x_TD.element_size(), travel)
@@ -134,12 +134,6 @@ class Mixer:
                 "use dispatch: ragged, or as many owners as parallel.expert"
             )
         return Rectifier(config, own, travels, dispatcher.backend)
-
-
-def _compute_dtype(x_TD: Tensor) -> Tensor:
-    """Under autocast rows travel and multiply in its dtype, as nn.Linear's inputs would."""
-    device = x_TD.device.type
-    return x_TD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x_TD
 
 
 def _check(num_experts: int, config: RouterConfig, mesh: Mesh) -> None:

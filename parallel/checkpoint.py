@@ -34,12 +34,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.planner import SavePlan
 
-from .chunks import ShardWriter, check_match, expert_dtensor, read_shards, shard_files, write_shard
+from .checksums import verify_shards
+from .chunks import (
+    ShardWriter,
+    Written,
+    check_all_taken,
+    check_match,
+    expert_dtensor,
+    read_shards,
+    shard_files,
+    write_shard,
+)
 from .consult import consult
-from .manifest import FILE, Manifest, TensorEntry, check_complete, json_copy, read_manifest, write_manifest
+from .manifest import FILE, Chunk, Manifest, TensorEntry, check_complete, json_copy, read_manifest, write_manifest
 from .mesh import Mesh
 
-__all__ = ["Checkpointer", "expert_dtensor", "load", "newest", "read_meta"]
+__all__ = ["Checkpointer", "expert_dtensor", "load", "newest", "read_meta", "verify"]
 
 # `step-00000100`, or `step-00000100-2` where that step is saved a second time.
 _COMPLETE = re.compile(r"step-\d{8,}(-\d+)?")
@@ -65,6 +75,16 @@ def newest(directory: Path | str, *, verify: bool = True) -> Path | None:
     return None
 
 
+def verify(path: Path | str, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
+    """Proves that the checkpoint at `path` is whole, and returns what it says: every tensor and every expert is there
+    once, with the bytes that were saved, and every weight is finite. Raises ValueError that says what is wrong."""
+    path = Path(path)
+    manifest = read_manifest(path)
+    check_complete(path, manifest)
+    verify_shards(path, manifest, progress)
+    return manifest
+
+
 def read_meta(path: Path | str) -> dict[str, Any]:
     """The `meta` that the caller of `save` gave. Raises ValueError where `path` is not a checkpoint."""
     return dict(read_manifest(Path(path)).meta)
@@ -73,7 +93,8 @@ def read_meta(path: Path | str) -> dict[str, Any]:
 def load(path: Path | str, tensors: Mapping[str, Tensor], mesh: Mesh, *, prefix: str = "") -> dict[str, Any]:
     """Fills `tensors` in place from the checkpoint at `path`, whatever layout wrote it; returns its `meta`.
 
-    tensors: name -> plain tensor (whole) or `expert_dtensor`; all ranks of `mesh` call this together.
+    tensors: name -> plain tensor (whole) or `expert_dtensor`; all ranks of `mesh` call this together. Pipeline stages
+    pass those of their layers, which together must be all.
     prefix: look only at the checkpoint's tensors whose names start so (`model.` leaves the optimizer out).
 
     Raises ValueError on every rank, before anything is changed, where the folder is damaged or its names,
@@ -81,19 +102,21 @@ def load(path: Path | str, tensors: Mapping[str, Tensor], mesh: Mesh, *, prefix:
     """
     path = Path(path)
 
-    def examine() -> tuple[int, int]:
+    def examine() -> tuple[int, int, list[str]]:
         if not (path / FILE).exists() and (inside := newest(path, verify=False)):
             raise ValueError(f"{path} is a directory of checkpoints; name one of them, for example {inside}")
         manifest = read_manifest(path)
         # One rank looks at every file: a thousand ranks would ask for a million of them.
         if mesh.world.rank == 0:
             check_complete(path, manifest)
-        check_match(path, manifest, tensors, prefix)
-        return manifest.step, manifest.serial
+        check_match(path, manifest, tensors, prefix, in_part=mesh.pipeline.size > 1)
+        return manifest.step, manifest.serial, sorted(tensors) if mesh.pipeline.size > 1 else []
 
-    def same(seen: list[tuple[int, int]]) -> list[None]:
-        if len(set(seen)) > 1:
+    def same(seen: list[tuple[int, int, list[str]]]) -> list[None]:
+        if len({(step, serial) for step, serial, _ in seen}) > 1:
             raise ValueError(f"ranks see different checkpoints at {path}: they must share the directory")
+        if mesh.pipeline.size > 1:
+            check_all_taken(path, read_manifest(path), {name for *_, names in seen for name in names}, prefix)
         return [None] * len(seen)
 
     def read() -> dict[str, Any]:
@@ -146,8 +169,9 @@ class Checkpointer:
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Saves `tensors` as the checkpoint of `step`; waits for the one before it first.
 
-        tensors: every rank passes the same names; plain tensors are the same on all ranks and are written once,
-        those from `expert_dtensor` each rank in its part. They may be changed as soon as this returns.
+        tensors: every rank of a pipeline stage passes the same names, and no other stage any of them; plain tensors are
+        the same on all its ranks and are written once, those from `expert_dtensor` each rank in its part. They may be
+        changed as soon as this returns.
         meta: anything JSON; rank 0's is kept.
 
         Raises ValueError on every rank where a value is not a dense tensor, names, shapes or dtypes differ
@@ -157,7 +181,7 @@ class Checkpointer:
         self.wait()
         if step < 0:
             raise ValueError(f"step: {step} is negative; a checkpoint is named by a step from 0 on")
-        writer = ShardWriter(tensors)
+        writer = ShardWriter(tensors, self._layout["pipeline"])
         # Stays on rank 0: as part of an assignment it would travel to every rank.
         draft: Manifest | None = None
 
@@ -230,11 +254,11 @@ class Checkpointer:
     def _write(self, step: int, shard: Path, copies: dict[str, Tensor] | Exception, draft: Manifest | None) -> None:
         """Everything after the copies are taken; in the thread of its own."""
 
-        def publish(lengths: list[int]) -> list[None]:
+        def publish(written: list[Written]) -> list[None]:
             assert draft is not None
-            written = dict(zip(shard_files(len(lengths)), lengths, strict=True))
-            self._publish(shard.parent, replace(draft, files={file: written[file] for file in draft.files}))
-            return [None] * len(lengths)
+            files = dict(zip(shard_files(len(written)), written, strict=True))
+            self._publish(shard.parent, _completed(draft, files))
+            return [None] * len(written)
 
         try:
             consult(self._group, lambda: write_shard(shard, copies), publish)
@@ -271,6 +295,19 @@ class Checkpointer:
             except OSError as error:
                 # The checkpoint that was just written is good: this is no reason to stop.
                 _log.warning("old checkpoint %s could not be removed: %s", path, error)
+
+
+def _completed(draft: Manifest, written: Mapping[str, Written]) -> Manifest:
+    """`draft` with the lengths of its files and the sums of what is in them."""
+
+    def summed(name: str, chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
+        return tuple(replace(chunk, sums=written[chunk.file].sums[name]) for chunk in chunks)
+
+    return replace(
+        draft,
+        files={file: written[file].length for file in draft.files},
+        tensors={name: replace(entry, chunks=summed(name, entry.chunks)) for name, entry in draft.tensors.items()},
+    )
 
 
 def _by_age(directory: Path, *, quiet: bool = False) -> list[tuple[Path, Manifest]]:

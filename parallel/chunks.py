@@ -8,8 +8,8 @@ Storage is safetensors, one file per rank. No communication here; checkpoint.py 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from .checksums import check_finite, check_sums, sums_of
 from .manifest import Chunk, Manifest, TensorEntry, check_coverage, some
 from .mesh import Mesh
 
@@ -36,11 +37,17 @@ def expert_dtensor(local: Tensor, mesh: Mesh) -> Tensor:
 
     Shares memory with `local`, so loading into the result fills `local`. Every rank of the expert axis must
     hold the same number of experts. Without a process group `local` is the whole and comes back as it is.
+    Where `local` is a DTensor itself, of experts whose storage ranks share (shard.py), the result is cut as it is, too.
     """
     if mesh.expert_mesh is None:
         return local
-    placements = [Shard(0) if name == "expert" else Replicate() for name in mesh.expert_mesh.mesh_dim_names or ()]
-    return DTensor.from_local(local.detach(), mesh.expert_mesh, placements, run_check=False)
+    kept: dict[str, Placement] = {"expert": Shard(0)}
+    part = local.detach()
+    if isinstance(part, DTensor):
+        kept |= dict(zip(part.device_mesh.mesh_dim_names or (), part.placements, strict=True))
+        part = part.to_local()
+    placements = [kept.get(name, Replicate()) for name in mesh.expert_mesh.mesh_dim_names or ()]
+    return DTensor.from_local(part, mesh.expert_mesh, placements, run_check=False)
 
 
 def shard_files(count: int) -> list[str]:
@@ -51,8 +58,10 @@ def shard_files(count: int) -> list[str]:
 class ShardWriter:
     """One rank's way through a save: `propose`, on rank 0 `divide` for all, `stage`, then `write`."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], num_stages: int = 1) -> None:
+        """`num_stages`: groups of consecutive ranks, as many in each, that hold different tensors."""
         self._tensors = dict(tensors)
+        self._num_stages = num_stages
         self._planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def propose(self) -> SavePlan:
@@ -65,10 +74,11 @@ class ShardWriter:
     def divide(self, proposals: list[SavePlan]) -> tuple[list[SavePlan], dict[str, TensorEntry]]:
         """Who writes what (one plan per rank), and what a manifest says of it.
 
-        Raises ValueError where ranks disagree about names, dtypes or shapes, or where the chunks of all ranks
-        do not cover a tensor exactly once: an expert that nobody holds, or two hold.
+        Raises ValueError where ranks of a stage disagree about names, dtypes or shapes, where two stages have a name
+        in common, or where the chunks of all ranks do not cover a tensor exactly once: an expert that nobody holds, or
+        two hold.
         """
-        _check_agreement(proposals)
+        _check_agreement(proposals, self._num_stages)
         plans, _ = self._planner.create_global_plan(proposals)
         entries: dict[str, TensorEntry] = {}
         for file, plan in zip(shard_files(len(plans)), plans, strict=True):
@@ -102,29 +112,52 @@ def _check_dense(name: str, tensor: object) -> None:
         raise ValueError(f"{name} is not a dense tensor with values ({tensor.layout}, on {tensor.device})")
 
 
-def _check_agreement(plans: list[SavePlan]) -> None:
-    """Same names, dtypes and global shapes on every rank; otherwise one rank's copy would silently win."""
+def _check_agreement(plans: list[SavePlan], num_stages: int) -> None:
+    """Same names, dtypes and global shapes on every rank of a stage, and no name in two stages; otherwise one rank's
+    copy would silently win."""
     described = [
         {item.index.fqn: (data.properties.dtype, list(data.size)) for item in plan.items if (data := item.tensor_data)}
         for plan in plans
     ]
+    each = len(plans) // num_stages
     for rank, other in enumerate(described):
-        for name in sorted(described[0].keys() | other.keys()):
-            here, there = described[0].get(name, "missing"), other.get(name, "missing")
+        first = rank // each * each
+        for name in sorted(described[first].keys() | other.keys()):
+            here, there = described[first].get(name, "missing"), other.get(name, "missing")
             if here != there:
-                raise ValueError(f"{name} differs between ranks: {here} on rank 0, {there} on rank {rank}")
+                raise ValueError(f"{name} differs between ranks: {here} on rank {first}, {there} on rank {rank}")
+    holders: dict[str, int] = {}
+    for first in range(0, len(plans), each):
+        for name in described[first]:
+            if holders.setdefault(name, first) != first:
+                raise ValueError(f"{name} is held by two pipeline stages, by those of rank {holders[name]} and {first}")
 
 
 def _host_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def write_shard(path: Path, copies: dict[str, Tensor] | Exception) -> int:
-    """Writes one rank's file, forces it to the disk and returns its length; no file where there is nothing."""
+@dataclass(frozen=True)
+class Written:
+    """One rank's file."""
+
+    length: int
+    """In bytes; 0 where there was nothing to write, and no file."""
+    sums: Mapping[str, tuple[int, ...]]
+    """`Chunk.sums` of every tensor in it."""
+
+
+def write_shard(path: Path, copies: dict[str, Tensor] | Exception) -> Written:
+    """Writes one rank's file and forces it to the disk; no file where there is nothing.
+
+    Raises ValueError for a weight that is not finite, OSError where the file cannot be written.
+    """
     if isinstance(copies, Exception):
         raise copies
     if not copies:
-        return 0
+        return Written(0, {})
+    for name, copy in copies.items():
+        check_finite(name, copy)
     if not path.parent.is_dir():
         raise OSError(f"{path.parent}, made by rank 0, does not exist here: all ranks must share the directory")
     try:
@@ -133,12 +166,15 @@ def write_shard(path: Path, copies: dict[str, Tensor] | Exception) -> int:
         path.chmod(path.parent.stat().st_mode & 0o666)
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        return path.stat().st_size
+        return Written(path.stat().st_size, {name: sums_of(copy) for name, copy in copies.items()})
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path.name}: {error}") from error
 
 
-def check_match(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor], prefix: str) -> None:
+def check_match(
+    path: Path, manifest: Manifest, tensors: Mapping[str, Tensor], prefix: str, *, in_part: bool = False
+) -> None:
+    """Raises ValueError unless `tensors` are exactly what the manifest lists under `prefix`; `in_part`: some of it."""
     saved = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
     shared = sorted(saved.keys() & tensors.keys())
     shapes = [
@@ -153,10 +189,20 @@ def check_match(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor], p
     ]
     problems = {
         "not in the checkpoint": sorted(tensors.keys() - saved.keys()),
-        "only in the checkpoint": sorted(saved.keys() - tensors.keys()),
+        "only in the checkpoint": [] if in_part else sorted(saved.keys() - tensors.keys()),
         "of another shape": shapes,
         "of another dtype": dtypes,
     }
+    _refuse(path, problems)
+
+
+def check_all_taken(path: Path, manifest: Manifest, taken: Set[str], prefix: str) -> None:
+    """Raises ValueError unless ranks that each want a part have `taken` all that the manifest lists under `prefix`."""
+    left = sorted(name for name in manifest.tensors if name.startswith(prefix) and name not in taken)
+    _refuse(path, {"only in the checkpoint": left})
+
+
+def _refuse(path: Path, problems: Mapping[str, Sequence[str]]) -> None:
     found = [f"{len(names)} {what}: {some(names)}" for what, names in problems.items() if names]
     if found:
         raise ValueError(
@@ -182,6 +228,7 @@ def read_shards(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -
                     name = item.storage_index.fqn
                     stored = shard.get_tensor(name)
                     entry = manifest.tensors[name]
+                    check_sums(path, name, chunk, stored)
                     if (stored.dtype, tuple(stored.shape)) != (entry.dtype, chunk.shape):
                         raise ValueError(f"{path} is damaged: {name} in {file} is not what the manifest says")
                     for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):

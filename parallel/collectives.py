@@ -1,14 +1,17 @@
-"""All-to-all of rows over one axis: differentiable, asynchronous in both directions, cut to suit the link.
+"""Collectives over one axis, announced to the recorder; those that carry activations are differentiable.
 
-Forward starts the exchange and returns; `Exchange.wait` hands out the rows. Backward mirrors it: the
-gradient's exchange starts where forward waited and is waited for where forward started, so that whatever
-autograd has to do between the two (a shared expert, say) runs while the gradients travel.
+All-to-all of rows is asynchronous in both directions and cut to suit the link: forward starts the exchange and
+returns; `Exchange.wait` hands out the rows. Backward mirrors it: the gradient's exchange starts where forward waited
+and is waited for where forward started, so that whatever autograd has to do between the two (a shared expert, say)
+runs while the gradients travel.
+
+`start_gather` and `start_scatter` are the two halves of tensor parallelism, each the other's gradient.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +150,82 @@ def start_all_to_all(rows: Tensor, splits: Splits, axis: Axis, name: str, record
     journey = _Journey(splits, axis, name, recorder)
     started: Tensor = _Start.apply(rows, journey)  # pyright: ignore[reportAssignmentType]
     return Exchange(started, journey)
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, whole, dim, axis, name, recorder):
+        ctx.how = dim, axis, f"{name}-gradient", recorder
+        return start_scatter(whole, dim, axis, name, recorder).land()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return start_gather(grads[0], *ctx.how).land(), None, None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, term, axis, name, recorder):
+        ctx.how = axis, f"{name}-gradient", recorder
+        return all_reduce(term.clone(), axis, name, recorder)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return all_reduce(grads[0].clone(), *ctx.how), None, None, None
+
+
+def scatter(whole: Tensor, dim: int, axis: Axis, name: str, recorder: Recorder) -> Tensor:
+    """This rank's part along `dim` of the sum of `whole` over `axis` (reduce-scatter); gradients are gathered."""
+    return _Scatter.apply(whole, dim, axis, name, recorder)  # pyright: ignore[reportReturnType]
+
+
+def sum_over(term: Tensor, axis: Axis, name: str, recorder: Recorder) -> Tensor:
+    """Sum of every rank's `term`; each rank goes on with it in its own way, so gradients are summed too."""
+    return _Sum.apply(term, axis, name, recorder)  # pyright: ignore[reportReturnType]
+
+
+@dataclass
+class Journey:
+    """A collective on its way: `land` waits for it, once."""
+
+    work: dist.Work | None
+    sent: Tensor
+    """Lives until it is done."""
+    received: Tensor
+    unpack: Callable[[Tensor], Tensor]
+    """From what arrived to what was asked for."""
+    name: str
+    recorder: Recorder
+
+    def land(self) -> Tensor:
+        """What it brings."""
+        watch = Stopwatch(self.received.device)
+        if self.work is not None:
+            self.work.wait()
+        self.recorder.collective_left(self.name, watch.stop())
+        return self.unpack(self.received)
+
+
+def start_gather(part: Tensor, dim: int, axis: Axis, name: str, recorder: Recorder) -> Journey:
+    """Starts to bring the parts of all ranks of `axis`, of one shape, side by side along `dim`. Not differentiable."""
+    recorder.collective_entered(name, part.numel() * part.element_size() * (axis.size - 1))
+    sent, parts = part.contiguous(), part.new_empty((axis.size, *part.shape))
+    work = all_gather_single(parts.view(-1), sent.view(-1), group=axis.group, async_op=True)
+    return Journey(work, sent, parts, lambda parts: parts.movedim(0, dim).flatten(dim, dim + 1), name, recorder)
+
+
+def start_scatter(whole: Tensor, dim: int, axis: Axis, name: str, recorder: Recorder) -> Journey:
+    """Starts to sum `whole` over `axis`, for this rank's part of it along `dim`. Not differentiable."""
+    recorder.collective_entered(name, whole.numel() * whole.element_size() * (axis.size - 1) // axis.size)
+    sent = whole.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
+    if whole.device.type != "cpu":
+        part = torch.empty_like(sent[0])
+        work = reduce_scatter_single(part.view(-1), sent.view(-1), group=axis.group, async_op=True)
+        return Journey(work, sent, part, lambda part: part, name, recorder)
+    # gloo's reduce-scatter is an all-reduce: this takes less than half its time, and adds in order of rank.
+    terms = torch.empty_like(sent)
+    work = dist.all_to_all_single(terms, sent, group=axis.group, async_op=True)
+    return Journey(work, sent, terms, lambda terms: terms.sum(0), name, recorder)
 
 
 def all_gather_rows(row: Tensor, axis: Axis, name: str, recorder: Recorder) -> Tensor:

@@ -9,6 +9,9 @@ from typing import Literal
 AXES = ("pipeline", "data", "shard", "tensor")
 """What the world is the product of, the outermost first. Experts lie over the ranks of one pipeline stage."""
 
+CHUNKED = ("interleaved", "dualpipev")
+"""Schedules that give every rank several chunks of the model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -19,7 +22,13 @@ class ParallelConfig:
     """
 
     pipeline: int = 1
-    """Stages that the layers are cut into, one after the other."""
+    """Groups of ranks that the layers are cut over, one after the other."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "dualpipev"] = "1f1b"
+    """Order of the forwards and backwards of a step's micro-batches (`train.accumulate`) in a pipeline."""
+    chunks: int | Literal["auto"] = "auto"
+    """Stages on each rank of a pipeline; `auto` is 2 for interleaved and dualpipev, else 1."""
+    cut: tuple[int, ...] = ()
+    """Layers of each stage, in the model's order; empty cuts so that stages have about as many parameters."""
     data: int | Literal["auto"] = "auto"
     """Copies of the dense weights; `auto` takes the ranks that the others leave over."""
     shard: int = 1
@@ -49,12 +58,63 @@ class ParallelConfig:
             raise ValueError(f"bucket_bytes: {self.bucket_bytes} holds nothing; use a size such as 25MiB")
         if self.timeout_seconds <= 0:
             raise ValueError(f"timeout_seconds: {self.timeout_seconds} is not a duration; use for example 600")
+        self._check_chunks()
+        if min(self.cut, default=1) < 1:
+            raise ValueError(f"cut: {list(self.cut)} has a stage without layers; give every stage 1 or more")
         if self.data != "auto" and self.stage() % self.expert:
             fix = math.gcd(self.stage(), self.expert)
             raise ValueError(
                 f"expert: {self.expert} does not divide the {self.stage()} ranks of a stage (data {self.data} x shard "
                 f"{self.shard} x tensor {self.tensor}); use {fix}"
             )
+
+        block = self.shard * self.tensor
+        if self.shard > 1 and max(block, self.expert) % min(block, self.expert):
+            raise ValueError(
+                f"expert: of {self.expert} and the {block} ranks of one copy (shard {self.shard} x tensor "
+                f"{self.tensor}) neither divides the other; use {math.gcd(block, self.expert)}"
+            )
+
+    def _check_chunks(self) -> None:
+        if self.chunks == "auto":
+            return
+        if self.schedule == "dualpipev" and self.chunks != 2:
+            raise ValueError(f"chunks: {self.chunks} does not go with schedule: dualpipev, which has 2; use 2 or auto")
+        if self.schedule == "interleaved" and self.chunks < 2:
+            raise ValueError(f"chunks: {self.chunks} leaves nothing to interleave; use 2 or more, or schedule: 1f1b")
+        if self.schedule not in CHUNKED and self.chunks != 1:
+            raise ValueError(
+                f"chunks: {self.chunks} does not go with schedule: {self.schedule}, which has 1; use 1, or schedule: "
+                "interleaved"
+            )
+
+    @property
+    def expert_shard(self) -> int:
+        """Ranks that share the storage of the same experts: the copies of the experts that one dense copy spans."""
+        return max(1, self.shard * self.tensor // self.expert) if self.shard > 1 else 1
+
+    @property
+    def num_chunks(self) -> int:
+        """Stages on each rank."""
+        if self.pipeline == 1:
+            return 1
+        return (2 if self.schedule in CHUNKED else 1) if self.chunks == "auto" else self.chunks
+
+    @property
+    def num_stages(self) -> int:
+        """Parts that the layers are cut into."""
+        return self.pipeline * self.num_chunks
+
+    def runs(self, micro_batches: int) -> bool:
+        """Whether the schedule has an order for so many micro-batches; torch and Lynx agree on it."""
+        if self.pipeline == 1 or self.schedule == "gpipe":
+            return True
+        if self.schedule == "interleaved":
+            return micro_batches % self.pipeline == 0
+        if self.schedule == "zb-h1":
+            # torch goes in rounds of equally many, about `pipeline` each.
+            return micro_batches % max(1, micro_batches // self.pipeline) == 0
+        return micro_batches >= self.num_stages
 
     def copies(self, ranks: int | None = None) -> int:
         """`data`, or what it comes to with `ranks`; without those, the fewest that `expert` divides."""

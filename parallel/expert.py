@@ -9,6 +9,9 @@ from .mesh import Axis
 EXPERT_PARAMETERS = "expert_parameters"
 """Name of the attribute by which a module lists its parameters with a leading expert dimension."""
 
+HOLD = "hold"
+"""Name of such a module's method that calls a function during which its weights are whole (moe/experts.py)."""
+
 
 def local_experts(num_experts: int, axis: Axis) -> range:
     """Experts of this rank: consecutive, as many on every rank. Raises ValueError where they do not divide."""

@@ -1,7 +1,9 @@
 """Gradient reduction over the right ranks, overlapped with backward; the global norm and clipping.
 
 Losses are written as sums over local tokens divided by global counts, so gradients are *summed*: dense ones
-over all ranks, expert ones over the ranks that hold the same experts (tokens of the others came by all-to-all).
+over all ranks of the stage, those of weights that tensor ranks share over the ranks that read other sequences (each saw
+all tokens of its own), expert ones over the ranks that hold the same experts (tokens of the others came by all-to-all).
+Parameters whose storage ranks share (shard.py) are reduced by FSDP2; here they are zeroed, measured and clipped.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,6 +22,10 @@ from .collectives import all_reduce
 from .expert import expert_parameter_names
 from .mesh import Axis, Mesh
 from .stopwatch import Stopwatch
+from .tensor import local, placed_as, tensor_parameters
+
+if TYPE_CHECKING:
+    from .shard import ShardedGradients
 
 
 class _Bucket:
@@ -25,14 +33,16 @@ class _Bucket:
 
     def __init__(self, parameters: list[nn.Parameter], axis: Axis, name: str) -> None:
         self.parameters, self.axis, self.name = parameters, axis, name
+        parts = [local(p) for p in parameters]
         self.flat = torch.zeros(
-            sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device
+            sum(part.numel() for part in parts), dtype=parameters[0].dtype, device=parameters[0].device
         )
         self.views: list[Tensor] = []
         start = 0
-        for p in parameters:
-            self.views.append(self.flat[start : start + p.numel()].view_as(p))
-            start += p.numel()
+        for p, part in zip(parameters, parts, strict=True):
+            view = self.flat[start : start + part.numel()].view_as(part)
+            self.views.append(view if part is p else placed_as(p, view))
+            start += part.numel()
         self.missing = len(parameters)
         self.work: dist.Work | None = None
 
@@ -50,20 +60,40 @@ class Gradients:
 
     def __init__(self, model: nn.Module, mesh: Mesh, bucket_bytes: int = 25 * 2**20) -> None:
         self.mesh = mesh
-        experts = expert_parameter_names(model)
+        experts, cut = expert_parameter_names(model), tensor_parameters(model, mesh)
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        dense = _buckets([p for n, p in named if n not in experts], mesh.stage, "dense-gradients", bucket_bytes)
-        local = _buckets([p for n, p in named if n in experts], mesh.expert_data, "expert-gradients", bucket_bytes)
-        self.dense, self.experts = dense, local
+        self.sharded: ShardedGradients | None = None
+        if mesh.shard.size > 1:
+            named = self._leave_to_fsdp(model, named, experts)
+        whole = [p for n, p in named if n not in experts and n not in cut]
+        self.dense = _buckets(whole, mesh.stage, "dense-gradients", bucket_bytes)
+        self.tensor = _buckets([p for n, p in named if n in cut], mesh.batch, "tensor-gradients", bucket_bytes)
+        self.experts = _buckets(
+            [p for n, p in named if n in experts], mesh.expert_data, "expert-gradients", bucket_bytes
+        )
         # Gradients of late layers come first: the order in which buckets complete.
         position = {id(p): i for i, (_, p) in enumerate(named)}
-        self._order = sorted(dense + local, key=lambda b: -max(position[id(p)] for p in b.parameters))
+        self._order = sorted(
+            self.dense + self.tensor + self.experts, key=lambda b: -max(position[id(p)] for p in b.parameters)
+        )
         self._next = 0
         self._reducing = False
         for number, bucket in enumerate(self._order):
             bucket.attach()
             for p in bucket.parameters:
                 p.register_post_accumulate_grad_hook(self._hook(number))
+
+    def _leave_to_fsdp(
+        self, model: nn.Module, named: list[tuple[str, nn.Parameter]], experts: frozenset[str]
+    ) -> list[tuple[str, nn.Parameter]]:
+        """Those of `named` that FSDP2 does not reduce."""
+        # Imported here: FSDP2 takes a second that others need not spend.
+        from .shard import ShardedGradients, is_sharded
+
+        shared = [(n, p) for n, p in named if is_sharded(p)]
+        dense, local = [p for n, p in shared if n not in experts], [p for n, p in shared if n in experts]
+        self.sharded = ShardedGradients(model, dense, local, self.mesh)
+        return [(n, p) for n, p in named if not is_sharded(p)]
 
     def _hook(self, number: int):
         # Weak: what a parameter's hook holds is out of the collector's sight, and this holds the parameter.
@@ -93,6 +123,8 @@ class Gradients:
         for bucket in self._order:
             bucket.flat.zero_()
             bucket.attach()
+        if self.sharded is not None:
+            self.sharded.zero()
 
     @contextmanager
     def reduced(self) -> Iterator[None]:
@@ -101,6 +133,8 @@ class Gradients:
         for bucket in self._order:
             bucket.missing = len(bucket.parameters)
         self._reducing = True
+        if self.sharded is not None:
+            self.sharded.reduce()
         try:
             yield
             self._launch(complete_only=False)  # also buckets that some parameter never reached
@@ -110,21 +144,33 @@ class Gradients:
                     bucket.work.wait()
                     bucket.work = None
                     self.mesh.recorder.collective_left(bucket.name, watch.stop())
+            if self.sharded is not None:
+                self.sharded.complete()
         finally:
             self._reducing = False
 
     def norm(self) -> Tensor:
         """Global 2-norm over all ranks' parameters, each counted once; fp64, the same on every rank."""
-        dense = _squares((b.flat for b in self.dense), self.mesh.device)
-        local = _squares((b.flat for b in self.experts), self.mesh.device)
-        if self.experts:
-            all_reduce(local, self.mesh.expert, "gradient-norm", self.mesh.recorder)
-        return (dense + local).sqrt()
+        squares = partial(_squares, device=self.mesh.device)
+        total, tensor, experts = (squares(b.flat for b in own) for own in (self.dense, self.tensor, self.experts))
+        has_tensor, has_experts = bool(self.tensor), bool(self.experts)
+        if self.sharded is not None:
+            shared = self.sharded.squares(squares)
+            total, tensor, experts = total + shared.dense, tensor + shared.tensor, experts + shared.experts
+            has_tensor |= bool(self.sharded.tensor)
+            has_experts |= bool(self.sharded.experts)
+        for there, own, axis in ((has_experts, experts, self.mesh.expert), (has_tensor, tensor, self.mesh.tensor)):
+            if there:
+                total = total + all_reduce(own, axis, "gradient-norm", self.mesh.recorder)
+        # Ranks of a pipeline hold different parameters: a model in which two share one is not built.
+        return all_reduce(total, self.mesh.pipeline, "gradient-norm", self.mesh.recorder).sqrt()
 
     def scale(self, factor: Tensor | float) -> None:
         """Multiplies every gradient by `factor`."""
         for bucket in self._order:
             bucket.flat.mul_(factor)
+        if self.sharded is not None:
+            self.sharded.scale(factor)
 
     def clip(self, norm: Tensor, limit: float) -> None:
         """Scales gradients of global norm `norm` down to `limit`."""
@@ -144,7 +190,7 @@ def _buckets(parameters: list[nn.Parameter], axis: Axis, name: str, limit: int) 
     groups: list[list[nn.Parameter]] = []
     size = 0
     for p in reversed(parameters):
-        num_bytes = p.numel() * p.element_size()
+        num_bytes = local(p).numel() * p.element_size()
         if not groups or size + num_bytes > limit or groups[-1][0].dtype != p.dtype:
             groups.append([])
             size = 0

@@ -36,6 +36,8 @@ class Chunk:
     offset: tuple[int, ...]
     """First index of the box along each dim of the whole tensor."""
     shape: tuple[int, ...]
+    sums: tuple[int, ...] = ()
+    """CRC-32 of its bytes; of a stack of matrices, experts, one for each. None in checkpoints of older versions."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,13 @@ def _encode(manifest: Manifest) -> str:
             "dtype": str(entry.dtype).removeprefix("torch."),
             "shape": list(entry.shape),
             "chunks": [
-                {"file": chunk.file, "offset": list(chunk.offset), "shape": list(chunk.shape)} for chunk in entry.chunks
+                {
+                    "file": chunk.file,
+                    "offset": list(chunk.offset),
+                    "shape": list(chunk.shape),
+                    "sums": list(chunk.sums),
+                }
+                for chunk in entry.chunks
             ],
         }
         for name, entry in manifest.tensors.items()
@@ -210,7 +218,13 @@ def _decode(raw: dict[str, Any]) -> Manifest:
             _dtype(entry["dtype"]),
             _ints(entry["shape"]),
             tuple(
-                Chunk(_file(chunk["file"]), _ints(chunk["offset"]), _ints(chunk["shape"])) for chunk in entry["chunks"]
+                Chunk(
+                    _file(chunk["file"]),
+                    _ints(chunk["offset"]),
+                    _ints(chunk["shape"]),
+                    _ints(chunk.get("sums", ())),
+                )
+                for chunk in entry["chunks"]
             ),
         )
         for name, entry in raw["tensors"].items()

@@ -47,12 +47,14 @@ class Mesh:
     """Ranks that compute dense layers together."""
     expert_data: Axis
     """Ranks that hold the same experts: expert gradients are summed over it."""
+    expert_shard: Axis
+    """Those of `expert_data` within one dense copy, which share the storage of the same experts; with `shard` only."""
     expert: Axis
     """Ranks that together hold all experts: tokens travel over it."""
     dense_mesh: DeviceMesh | None = None
     """DeviceMesh of this stage with those of the axes data, shard and tensor that have more than one rank."""
     expert_mesh: DeviceMesh | None = None
-    """Likewise with expert_data and expert."""
+    """Likewise with expert_data and expert; where storage is shared, with data, expert_shard and expert."""
     recorder: Recorder = field(default_factory=Recorders, compare=False)
 
     @property
@@ -62,12 +64,13 @@ class Mesh:
         return {axis.name: axis.size for axis in axes}
 
 
-_AXES = ("world", "pipeline", "stage", "batch", "data", "shard", "tensor", "expert_data", "expert")
+_AXES = ("world", "pipeline", "stage", "batch", "data", "shard", "tensor", "expert_data", "expert_shard", "expert")
 
 
 def single(device: torch.device | str = "cpu", recorder: Recorder | None = None) -> Mesh:
     """The mesh of one process without a process group."""
-    return Mesh(torch.device(device), *map(Axis, _AXES), recorder=recorder or Recorders())
+    axes = {name: Axis(name) for name in _AXES}
+    return Mesh(device=torch.device(device), recorder=recorder or Recorders(), **axes)  # pyright: ignore[reportArgumentType]
 
 
 def make_mesh(config: ParallelConfig, device: torch.device | str, recorder: Recorder | None = None) -> Mesh:
@@ -86,13 +89,16 @@ def make_mesh(config: ParallelConfig, device: torch.device | str, recorder: Reco
     def axis(name: str, *varying: str) -> Axis:
         """The ranks that differ from this one in `varying` only; axes of equal ranks share one process group.
 
-        But for experts: their exchanges run beside the reduction of gradients.
+        But for experts and tensor parallelism: their exchanges run beside the reduction of gradients. And FSDP2's
+        copies: it starts reductions when backward gets there, the buckets of unshared experts theirs when they are
+        full.
         """
         rows = tuple(lines(everyone, *varying))
         own = next(row for row in rows if rank in row)
-        key = (rows, name == "expert")
+        apart = name in ("expert", "tensor") or (name == "data" and config.shard > 1)
+        key = (rows, name if apart else "")
         if key not in groups:
-            groups[key] = _group(rows, world if name != "expert" else None)
+            groups[key] = _group(rows, None if apart else world)
         return Axis(name, len(own), own.index(rank), groups[key])
 
     axes = {
@@ -100,14 +106,16 @@ def make_mesh(config: ParallelConfig, device: torch.device | str, recorder: Reco
         "pipeline": axis("pipeline", "pipeline"),
         "stage": axis("stage", "data", "shard", "tensor"),
         "batch": axis("batch", "data", "shard"),
-        **{name: axis(name, name) for name in ("data", "shard", "tensor", "expert_data", "expert")},
+        **{name: axis(name, name) for name in ("data", "shard", "tensor", "expert_data", "expert_shard", "expert")},
     }
     stage = next(line for line in lines(everyone, "data", "shard", "tensor") if rank in line)
+    # Where storage is shared, the copies of an expert's part are those of the dense weights.
+    copies = "data" if config.expert_shard > 1 else "expert_data"
     return Mesh(
         device,
         **axes,
         dense_mesh=_device_mesh(device, stage, [axes[name] for name in ("data", "shard", "tensor")]),
-        expert_mesh=_device_mesh(device, stage, [axes[name] for name in ("expert_data", "expert")]),
+        expert_mesh=_device_mesh(device, stage, [axes[name] for name in (copies, "expert_shard", "expert")]),
         recorder=recorder or Recorders(),
     )
 
@@ -118,7 +126,9 @@ def _group(rows: tuple[tuple[int, ...], ...], world: int | None) -> dist.Process
         return None
     if len(rows[0]) == world:
         return dist.group.WORLD
-    return dist.new_subgroups_by_enumeration([list(row) for row in rows])[0]
+    own, _ = dist.new_subgroups_by_enumeration([list(row) for row in rows])
+    assert isinstance(own, dist.ProcessGroup)
+    return own
 
 
 def _device_mesh(device: torch.device, ranks: Sequence[int], axes: list[Axis]) -> DeviceMesh | None:

@@ -12,6 +12,8 @@ DENSE = ("pipeline", "data", "shard", "tensor")
 """The coordinates of a rank as dense layers see it; consecutive ranks differ in the last."""
 EXPERTS = ("pipeline", "expert_data", "expert")
 """The same as experts see it (parallel folding)."""
+STORAGE = ("pipeline", "expert_copy", "expert_shard", "expert")
+"""The same where ranks share the storage of experts."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Place:
     """Which copy of the experts it has a part of."""
     expert: int
     """Which part."""
+    expert_copy: int
+    """Which copy of the storage of experts that is."""
+    expert_shard: int
+    """Which part of that."""
 
 
 def places(config: ParallelConfig, world: int) -> list[Place]:
@@ -39,11 +45,12 @@ def places(config: ParallelConfig, world: int) -> list[Place]:
             f"and degrees whose product divides {world}"
         )
     sizes = (config.pipeline, config.copies(world), config.shard, config.tensor)
-    dense = product(*map(range, sizes))
-    return [
-        Place(rank, *where, *divmod(rank % stage, config.expert))
-        for rank, where in zip(range(world), dense, strict=True)
-    ]
+    found = []
+    for rank, (pipeline, data, shard, tensor) in zip(range(world), product(*map(range, sizes)), strict=True):
+        copy, part = divmod(rank % stage, config.expert)
+        storage, share = divmod(copy, config.expert_shard)
+        found.append(Place(rank, pipeline, data, shard, tensor, copy, part, storage, share))
+    return found
 
 
 def lines(ranks: Sequence[Place], *varying: str) -> list[tuple[int, ...]]:
@@ -51,7 +58,7 @@ def lines(ranks: Sequence[Place], *varying: str) -> list[tuple[int, ...]]:
 
     The others are those of dense layers, or of experts where `varying` names one of theirs.
     """
-    view = DENSE if set(varying) <= set(DENSE) else EXPERTS
+    view = next(view for view in (DENSE, EXPERTS, STORAGE) if set(varying) <= set(view))
     fixed = [name for name in view if name not in varying]
     found: dict[tuple[int, ...], list[int]] = {}
     for place in ranks:

@@ -8,20 +8,21 @@ state is laid out from what the checkpoint lists, not from what the optimizer wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from .checkpoint import load
 from .chunks import expert_dtensor
 from .manifest import TensorEntry, read_manifest
 from .mesh import Mesh
 
-__all__ = ["Unwrapping", "load_training_state", "training_state"]
+__all__ = ["Placing", "Unwrapping", "load_training_state", "training_state"]
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 _PART, _NUMBER = "#", "number"
@@ -38,6 +39,15 @@ class Unwrapping(Protocol):
 
     def wrap(self, parameter: Tensor, key: str, parts: Mapping[str, Tensor], /) -> Any:
         """The value that `unwrap` gave `parts` (at least one) of."""
+        ...
+
+
+@runtime_checkable
+class Placing(Protocol):
+    """An optimizer that keeps state of a DTensor in other shapes than its own, and knows how it lies over ranks."""
+
+    def placements(self, parameter: DTensor, key: str, /) -> Sequence[Placement]:
+        """Of the state of `parameter` under `key`."""
         ...
 
 
@@ -165,8 +175,8 @@ def _lay_out(
     Numbers and parts stay tensors under their full keys. Raises ValueError for parts that `optimizer` cannot wrap.
     """
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
+    parameters, state = dict(model.named_parameters()), optimizer.state
+    state.clear()
     for full_name, entry in entries.items():
         name, _, key = full_name.removeprefix(_OPTIMIZER).rpartition(".")
         parameter = parameters.get(name)
@@ -187,4 +197,31 @@ def _lay_out(
         counts = key == "step" or part == _NUMBER
         on_host = counts and not entry.shape and not (group.get("capturable") or group.get("fused"))
         device = torch.device("cpu") if on_host else parameter.device
-        optimizer.state[parameter][key] = torch.zeros(shape, dtype=entry.dtype, device=device)
+        if isinstance(parameter, DTensor) and shape and not counts:
+            placements = _placements(optimizer, parameter, key, shape)
+            state[parameter][key] = _zeros_over_ranks(shape, entry.dtype, parameter, placements)
+        else:
+            state[parameter][key] = torch.zeros(shape, dtype=entry.dtype, device=device)
+
+
+def _placements(
+    optimizer: torch.optim.Optimizer, parameter: DTensor, key: str, shape: Sequence[int]
+) -> Sequence[Placement]:
+    if isinstance(optimizer, Placing):
+        return optimizer.placements(parameter, key)
+    same = tuple(shape) == tuple(parameter.shape)
+    return parameter.placements if same else [Replicate()] * parameter.device_mesh.ndim
+
+
+def _zeros_over_ranks(
+    shape: Sequence[int], dtype: torch.dtype, parameter: DTensor, placements: Sequence[Placement]
+) -> DTensor:
+    """A DTensor of `shape` over the ranks of `parameter`."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local, _ = compute_local_shape_and_global_offset(torch.Size(shape), parameter.device_mesh, placements)
+    part = torch.zeros(local, dtype=dtype, device=parameter.device)
+    strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return DTensor.from_local(
+        part, parameter.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides
+    )

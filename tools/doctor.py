@@ -25,7 +25,7 @@ from ..launch import cores, env, rendezvous
 from ..launch.errors import UserError
 from ..launch.rank_map import Assembly, RankReport, problems, report
 from ..launch.watchdog import Watchdog
-from . import rank_grid, selftest
+from . import checkpoint_proof, rank_grid, selftest
 from .packages import Package, examine
 
 HELP = "show what this machine has and what works on it"
@@ -33,6 +33,7 @@ EXAMPLE = """\
   wastenot doctor --selftest
   torchrun --nnodes 2 --nproc-per-node 8 ... -m wastenot.tools.cli doctor --selftest
   srun --nodes 2 --ntasks-per-node 8 wastenot doctor --json
+  wastenot doctor --checkpoint runs/quickstart
   wastenot doctor --layout run.yaml --ranks 16 --picture ranks.png"""
 
 _MEET_SECONDS = 30.0
@@ -42,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `wastenot doctor`."""
     parser.add_argument(
         "--selftest", action="store_true", help="run small collectives: on two local ranks, or on a launcher's"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="PATH", help="prove instead that a checkpoint is whole: a run, or one of its"
     )
     parser.add_argument("--layout", metavar="CONFIG", help="show which rank does what under a configuration, instead")
     parser.add_argument("--ranks", type=int, metavar="N", help="of --layout; default: as many as it asks for")
@@ -54,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Examines and prints; 2 where the ranks of a launcher do not fit together, 1 where the self-test fails."""
+    if args.checkpoint is not None:
+        return checkpoint_proof.run(args.checkpoint, as_json=args.json)
     if args.layout is not None:
         rank_grid.show(rank_grid.grid_of(args.layout, args.set, args.ranks), as_json=args.json, picture=args.picture)
         return 0

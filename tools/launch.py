@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..launch.config import TrainConfig
 from ..launch.errors import UserError, all_together
-from ..launch.rules import world_rules
+from ..launch.layout_rules import world_rules
 from ..launch.settings import load_config
 
 HELP = "write a job script for Slurm, mpirun or torchrun, and submit it"

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..launch.config import TrainConfig
 from ..launch.errors import UserError, all_together
-from ..launch.rules import world_rules
+from ..launch.layout_rules import world_rules
 from ..launch.settings import load_config
 from ..parallel.places import DENSE, Place, lines, places
 from .output import check_output, replacing

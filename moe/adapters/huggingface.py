@@ -126,8 +126,9 @@ def load_huggingface(model: Decoder, source: Path | str | Mapping[str, Tensor], 
     parallelism every rank calls this and reads its own experts only.
 
     Raises ValueError, before anything is changed and on every rank alike, listing all names that are missing,
-    unexpected, or of another shape.
+    unexpected, or of another shape; or where tensor ranks share weights.
     """
+    _refuse_cut_weights(model.mesh)
     stored = StoredWeights(source) if isinstance(source, str | Path) else source
     homes = list(_homes(model, family))
     _check(homes, stored, tied=model.head is None)
@@ -153,10 +154,11 @@ def save_huggingface(
     one tensor, if that is larger) at a time. `folder` appears when it is complete. See `config_to_huggingface` for
     the other arguments.
 
-    Raises ValueError on every rank where the family cannot say what the model computes, or `folder` exists and is
-    not empty; OSError where it cannot be written.
+    Raises ValueError on every rank where the family cannot say what the model computes, tensor ranks share weights, or
+    `folder` exists and is not empty; OSError where it cannot be written.
     """
     folder = Path(folder)
+    _refuse_cut_weights(model.mesh)
     layers = _moe_layers(model)
     # A dense model has no router, and nothing that is said of one matters.
     router = next((layer.router.config for layer in layers.values()), RouterConfig())
@@ -172,6 +174,12 @@ def save_huggingface(
         _on_root(mesh, lambda name=name, tensors=tensors: save_file(tensors, partial / name, {"format": "pt"}))
     config["torch_dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
     _on_root(mesh, lambda: _finish(folder, partial, config, names, shards))
+
+
+def _refuse_cut_weights(mesh: Mesh) -> None:
+    for axis in (mesh.pipeline, mesh.shard, mesh.tensor):
+        if axis.size > 1:
+            raise ValueError(f"{axis.name}: {axis.size} ranks share the weights; convert a checkpoint, in one process")
 
 
 def _moe_layers(model: Decoder) -> dict[str, MoELayer]:

@@ -62,6 +62,17 @@ class Plan:
     """Seconds of a step, tokens per second and device, MFU, bytes at the peak."""
 
     @property
+    def cut(self) -> tuple[int, ...]:
+        """Layers of each stage in the model's order: what a run's `parallel.cut` takes."""
+        ranks = 1 + max(stage.rank for stage in self.stages)
+
+        def place(stage: StagePlan) -> tuple[int, int]:
+            back = self.question.schedule == "dualpipev" and stage.chunk % 2 == 1
+            return stage.chunk, ranks - 1 - stage.rank if back else stage.rank
+
+        return tuple(len(stage.layers) for stage in sorted(self.stages, key=place))
+
+    @property
     def hash(self) -> str:
         """Of the inputs: model, layout, cluster, budget and all else that was asked."""
         return digest(to_plain(self.question))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement
 
 from ...kernels.backend import Backend
 from .factored import FactoredStep, Matrices
-from .factors import as_matrices, is_stack, matrix_size, new_factors, wide
+from .factors import as_matrices, is_stack, matrix_size, new_factors, placements_of, wide
 from .full import step_full
 from .momentum import Momentum, new_momentum
 from .rank import is_factored, max_rank
@@ -25,6 +26,9 @@ from .true_moment import new_true_moment
 
 _OWN = ("nonfinite", "expert_group", "tile", "backend", "skipped_steps")
 """Options of the whole optimizer, and what it counts."""
+
+_FACTORS = ("Q", "U", "rank", "xi", "true_xi")
+"""State that is shaped as the factors are; all else is shaped as the parameter."""
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -219,6 +223,10 @@ class Adapprox(torch.optim.Optimizer):
             for parameter in group["params"]
             if parameter in self.state
         ]
+
+    def placements(self, parameter: DTensor, key: str) -> Sequence[Placement]:
+        """How the state of `parameter` under `key` lies over its ranks."""
+        return placements_of(parameter, key) if key in _FACTORS else parameter.placements
 
     def _create(self, group: dict[str, Any], parameter: Tensor) -> None:
         state = self.state[parameter]

@@ -83,24 +83,34 @@ def store_factors(
         state[key] = _placed(value.contiguous(), parameter, shards, key) if isinstance(parameter, DTensor) else value
 
 
+def placements_of(parameter: DTensor, key: str) -> list[Placement]:
+    """How state under `key` that factors of whole matrices bring lies over the ranks of `parameter`."""
+    mesh = parameter.device_mesh
+    placements: list[Placement] = [Replicate()] * mesh.ndim
+    for dim, placement in enumerate(parameter.placements):
+        if not is_cut(placement) or mesh.size(dim) == 1:
+            continue
+        kind = placement.dim - parameter.dim()
+        if kind < -2:
+            placements[dim] = cut_along(placement, 0)
+        elif (kind, key) in ((-2, "Q"), (-1, "U")):
+            placements[dim] = cut_along(placement, parameter.dim() - 2)
+    return placements
+
+
 def _placed(part: Tensor, parameter: DTensor, shards: Shards, key: str) -> DTensor:
     """State as a DTensor over the parameter's mesh, so that checkpoints know whose part it is.
 
     Where shards count as matrices of their own, what would be equal on all ranks is stacked along its first dim.
     """
     mesh = parameter.device_mesh
-    placements: list[Placement] = [Replicate()] * mesh.ndim
-    shape = list(part.shape)
-    rows_at, num_stacked = part.dim() - 2, 1
-    for dim, placement in enumerate(parameter.placements):
-        if not is_cut(placement) or mesh.size(dim) == 1:
-            continue
-        kind = placement.dim - parameter.dim()
-        if kind < -2:
-            placements[dim], shape[0] = cut_along(placement, 0), parameter.size(0)
-        elif (kind, key) in ((-2, "Q"), (-1, "U")):
-            placements[dim], shape[rows_at] = cut_along(placement, rows_at), parameter.size(kind)
-        elif not shards.exact:
+    placements = placements_of(parameter, key)
+    shape, num_stacked = list(part.shape), 1
+    for dim, placement in enumerate(placements):
+        cut = parameter.placements[dim]
+        if is_cut(placement) and is_cut(cut):
+            shape[placement.dim] = parameter.size(cut.dim)
+        elif is_cut(cut) and mesh.size(dim) > 1 and not shards.exact:
             placements[dim] = Shard(0)
             num_stacked *= mesh.size(dim)
     if num_stacked > 1:

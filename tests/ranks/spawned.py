@@ -52,6 +52,8 @@ _PRELOAD = [
     "torch.distributed",
     "torch.distributed.checkpoint",
     "torch.distributed.device_mesh",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
     "torch.distributed.tensor",
 ]
 _context = multiprocessing.get_context("forkserver")

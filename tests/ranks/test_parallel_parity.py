@@ -11,9 +11,9 @@ import torch
 from spawned import run_ranks
 
 from wastenot.launch.config import DataConfig, LogConfig, LoopConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from wastenot.launch.layout_rules import world_rules
 from wastenot.launch.optimizer import make_optimizer
 from wastenot.launch.precision import weight_dtype
-from wastenot.launch.rules import world_rules
 from wastenot.launch.step import Stepper
 from wastenot.moe.config import EmulateConfig, ModelConfig, MoEConfig, RectifyConfig, RouterConfig
 from wastenot.moe.decoder import build_decoder

@@ -132,7 +132,9 @@ else:
         except ConnectionRefusedError:
             pass
     peer.sendall(bytes(300_000))
-    peer.close()
+    # Until the other has all of it: some may still wait in a buffer here.
+    peer.shutdown(socket.SHUT_WR)
+    peer.recv(1)
 with open(sys.argv[1] + os.environ["RANK"], "w") as file:
     file.write(f"{os.environ['LOCAL_RANK']} {bytes_sent('eth0') - before}")
 """

@@ -270,10 +270,16 @@ def test_terminated_run_saves_and_goes_on_bit_for_bit(made, uninterrupted):
 
 
 @pytest.mark.parametrize(
-    ("expert", "optimizer"),
-    [(1, {"name": "adamw"}), (4, {"name": "adamw"}), (4, {"name": "adapprox", "adapprox": {"true_error": True}})],
+    ("layout", "optimizer"),
+    [
+        ({"expert": 1}, {"name": "adamw"}),
+        ({"expert": 4}, {"name": "adamw"}),
+        ({"expert": 4}, {"name": "adapprox", "adapprox": {"true_error": True}}),
+        ({"expert": 2, "shard": 4}, {"name": "adapprox", "adapprox": {"true_error": True}}),
+        ({"expert": 4, "shard": 2, "data": 2}, {"name": "adamw"}),
+    ],
 )
-def test_run_resumes_under_another_expert_degree(made, tmp_path, expert, optimizer):
+def test_run_resumes_under_another_layout(made, tmp_path, layout, optimizer):
     emulate = {"top_k": 2, "capacity_factor": 1.0, "emulate": {"sources": 4, "owners": 4}, "jitter": 0.0}
     options = {"router": emulate, "train": {"steps": 24}, "optimizer": optimizer | {"lr": 0.01}}
     whole, half = made(**options), made(**options, checkpoint={"every": 12})
@@ -284,11 +290,15 @@ def test_run_resumes_under_another_expert_degree(made, tmp_path, expert, optimiz
     kill(process)
     for newer in list((log_dir(half) / "checkpoints").glob("step-*"))[1:]:
         shutil.rmtree(newer)
-    finish(start(half, "-s", f"parallel.expert={expert}"))
+    finish(start(half, *(word for axis, degree in layout.items() for word in ("-s", f"parallel.{axis}={degree}"))))
     there, here = losses(half), losses(whole)
     assert there.keys() == here.keys()
     for step in range(13, 25):
         assert there[step][0] == pytest.approx(here[step][0], rel=1e-5), step
+    assert summary(half)["val_loss"] == pytest.approx(summary(whole)["val_loss"], rel=1e-5)
+    kinds = json.loads((log_dir(half) / "ledger.json").read_text())["collectives"]
+    assert ("dense-weights" in kinds) == ("shard" in layout)
+    assert ("expert-weights" in kinds) == (layout.get("shard", 1) > layout["expert"])
 
 
 def test_other_configuration_is_refused_in_a_used_folder(uninterrupted):

@@ -82,6 +82,25 @@ def test_the_report_names_the_rank_that_has_not_arrived_and_where_it_is(hang):
     assert "waiting there: rank 0\n" in said
 
 
+def receive_from_a_stage_that_reads(rank: int, watchdog: Watchdog) -> None:
+    watchdog.stage = range(rank, rank + 1)
+    if rank == 1:
+        watchdog.at(12, "data")
+        read_from_a_slow_disk()
+    watchdog.at(12, "training")
+    watchdog.collective_entered("pipeline-receive", 0)
+    dist.recv(torch.ones(1), 1)
+
+
+def test_a_stage_that_waits_for_another_tells_where_that_one_is(hang):
+    said = hang(2, receive_from_a_stage_that_reads)
+    assert 'watchdog: rank 0 has waited 1 s in collective "pipeline-receive" #2' in said
+    assert "rank 1 of another pipeline stage waits for nothing: step 12, data" in said
+    assert re.search(r"at ranks/test_watchdog.py:\d+ read_from_a_slow_disk", said)
+    assert "do not agree" not in said
+    assert "waiting there: rank 0\n" in said
+
+
 def stop_rank_2(rank: int, watchdog: Watchdog) -> None:
     if rank == 2:
         watchdog.at(12, "training")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from wastenot.launch.config import LoopConfig, TrainConfig
-from wastenot.launch.rules import world_rules
+from wastenot.launch.layout_rules import world_rules
 from wastenot.moe.config import EmulateConfig, ModelConfig, MoEConfig, RectifyConfig, RouterConfig
 from wastenot.moe.rectify import own_experts
 from wastenot.moe.trace import write_trace
@@ -19,6 +19,7 @@ from wastenot.parallel.mesh import Axis
 from wastenot.tools.cli import main
 
 SLOTS = "router.capacity_factor=1"
+PIPELINE, SCHEDULE, FILLED = "parallel.pipeline", "parallel.schedule", "-s train.accumulate=2"
 
 # What is typed after `-s`, over the defaults; the path to change; what the message offers instead.
 BAD_SETTINGS = [
@@ -93,7 +94,41 @@ BAD_SETTINGS = [
     ("parallel.data=4 -s parallel.expert=2 -s train.nproc=2", "train.nproc", "use 4, or 0"),
     ("parallel.data=3 -s parallel.expert=2", "parallel.expert", "3 ranks of a stage"),
     ("parallel.tensor=0", "parallel.tensor", "use 1 or more"),
+    ("parallel.pipeline=5 -s train.batch=40 -s train.accumulate=5", "parallel.pipeline", "4 layers; use 4"),
+    (f"{PIPELINE}=4 -s {SCHEDULE}=interleaved -s train.accumulate=4", "parallel.pipeline", "4 layers; use 2"),
+    (f"{PIPELINE}=2 -s {SCHEDULE}=interleaved -s parallel.chunks=3 {FILLED}", "parallel.pipeline", "6 stages"),
+    (f"{PIPELINE}=2", "train.accumulate", "use 2"),
+    (f"{PIPELINE}=4 -s train.accumulate=3 -s train.batch=12", "train.accumulate", "use 4"),
+    (f"{PIPELINE}=4 -s train.batch=3", "train.accumulate", "use 4, with a train.batch that is a multiple"),
+    (f"{PIPELINE}=2 -s {SCHEDULE}=dualpipev {FILLED}", "train.accumulate", "use 4"),
+    (f"{PIPELINE}=2 -s {SCHEDULE}=interleaved -s train.accumulate=1", "train.accumulate", "use 2"),
+    (f"{PIPELINE}=2 -s {SCHEDULE}=zb-h1 -s train.accumulate=5 -s train.batch=20", "train.accumulate", "use 4"),
+    (f"{PIPELINE}=2 -s {SCHEDULE}=1f1c {FILLED}", "parallel.schedule", "nearest: 1f1b"),
+    (f"{PIPELINE}=2 -s parallel.chunks=2 {FILLED}", "parallel.chunks", "use 1, or schedule: interleaved"),
+    (
+        f"{PIPELINE}=2 -s {SCHEDULE}=dualpipev -s parallel.chunks=3 -s train.accumulate=4",
+        "parallel.chunks",
+        "use 2 or auto",
+    ),
+    (f"{PIPELINE}=2 -s {SCHEDULE}=interleaved -s parallel.chunks=1 {FILLED}", "parallel.chunks", "or schedule: 1f1b"),
+    (f"{PIPELINE}=2 -s parallel.cut=[3,2] {FILLED}", "parallel.cut", "use for example [2, 2], or []"),
+    (f"{PIPELINE}=2 -s parallel.cut=[2,1,1] {FILLED}", "parallel.cut", "use for example [2, 2], or []"),
+    (f"{PIPELINE}=2 -s parallel.cut=[4,0] {FILLED}", "parallel.cut", "give every stage 1 or more"),
+    ("parallel.cut=[2,2]", "parallel.cut", "use for example [4], or []"),
+    (f"{PIPELINE}=2 -s model.tie_embeddings=true {FILLED}", "model.tie_embeddings", "use false"),
+    (f"{PIPELINE}=2 {FILLED} -s train.nproc=3", "train.nproc", "use 2 or 4"),
     ("parallel.shard=2 -s parallel.tensor=2 -s train.nproc=6", "train.nproc", "use 4 or 8"),
+    ("parallel.tensor=3", "parallel.tensor", "3 ranks cannot share model.heads: 4 equally; use 2"),
+    ("parallel.tensor=4 -s model.kv_heads=2", "parallel.tensor", "share model.kv_heads: 2 equally; use 2"),
+    ("parallel.tensor=4 -s model.vocab_size=2049 -s model.moe=null -s model.d_ff=5", "parallel.tensor", "use 2"),
+    ("parallel.tensor=2 -s data.seq_len=255", "data.seq_len", "use 254 or 256"),
+    ("parallel.tensor=2 -s router.emulate={sources: 4, owners: 4}", "router.emulate", "use null"),
+    ("parallel.tensor=2 -s optimizer.name=muon", "optimizer.name", "use adamw"),
+    (
+        "parallel.tensor=2 -s optimizer.name=adapprox -s optimizer.adapprox.momentum=int8 -s model.d_model=128",
+        "optimizer.adapprox.momentum",
+        "use bf16",
+    ),
     ("parallel.piece_bytes=-1", "parallel.piece_bytes", "use 0 (never cut), a size, or auto"),
     ("parallel.bucket_bytes=8GiBB", "parallel.bucket_bytes", "25MiB, 1.5M or 10k"),
     ("parallel.data=8 -s train.batch=20", "train.batch", "use 16 or 24"),
@@ -111,6 +146,17 @@ BAD_SETTINGS = [
     ("kernels=torch -s train.precision=fp64", "kernels", "use reference or auto"),
     ("kernels=triton -s train.precision=fp64", "kernels", "use reference or auto"),
     ("kernels=cuda", "kernels", "one of auto, triton, torch, reference"),
+    ("parallel.shard=2 -s optimizer.name=muon", "optimizer.name", "use adamw or adapprox"),
+    ("parallel.shard=2 -s optimizer.name=adafactor", "optimizer.name", "use adamw or adapprox"),
+    (
+        "parallel.shard=2 -s optimizer.name=adapprox -s optimizer.adapprox.momentum=int8",
+        "optimizer.adapprox.momentum",
+        "use bf16",
+    ),
+    ("parallel.shard=4 -s model.moe.d_expert=25 -s kernels=reference", "model.moe.d_expert", "use 24 or 26"),
+    ("parallel.shard=16 -s model.d_model=264 -s model.heads=4", "model.d_model", "use 256 or 272"),
+    ("parallel.shard=4 -s parallel.expert=6", "parallel.expert", "use 2"),
+    ("parallel.shard=3 -s parallel.data=2 -s parallel.expert=2", "parallel.expert", "use 1"),
 ]
 
 

@@ -60,6 +60,18 @@ def test_a_plan_is_read_back_and_assigns_the_same(answer, question, tmp_path: Pa
         assert evaluate(own, assignment).peak == stage.peak <= question.bytes
 
 
+def test_a_plan_tells_the_cut_of_a_run(answer):
+    plan = plan_of(answer)
+    assert plan.cut == (2, 2, 2, 2)
+    of_chunks = [(0, 0, 5), (0, 1, 1), (1, 0, 4), (1, 1, 2)]
+    stages = [
+        replace(plan.stages[0], rank=rank, chunk=chunk, layers=("one",) * layers) for rank, chunk, layers in of_chunks
+    ]
+    cuts = {"interleaved": (5, 4, 1, 2), "dualpipev": (5, 4, 2, 1)}
+    for schedule, cut in cuts.items():
+        assert replace(plan, stages=tuple(stages), question=replace(plan.question, schedule=schedule)).cut == cut
+
+
 def test_what_was_changed_by_hand_is_refused(answer, tmp_path: Path):
     plain = yaml.safe_load(write_plan(plan_of(answer)))
     path = tmp_path / "plan.yaml"

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from wastenot.launch.config import DataConfig, LogConfig, LoopConfig, OptimizerConfig, TrainConfig
 from wastenot.launch.errors import UserError
+from wastenot.launch.layout_rules import multiples, nearest_divisor, world_rules
 from wastenot.launch.overrides import override
-from wastenot.launch.rules import CROSS_RULES, multiples, nearest_divisor, vocabulary_rule, world_rules
+from wastenot.launch.rules import CROSS_RULES, vocabulary_rule
 from wastenot.launch.settings import dump_config, load_config, packaged, parse_config
 from wastenot.launch.strict_yaml import parse_yaml, to_yaml
 from wastenot.launch.units import parse_size

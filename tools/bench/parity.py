@@ -1,4 +1,4 @@
-"""Benchmark `parity`: the real trainer gives the same losses and gradient norms at every (expert, data) layout.
+"""Benchmark `parity`: the real trainer gives the same losses and gradient norms at every layout of ranks.
 
 Each run goes through the launch path that users take: local ranks, a YAML file, metrics.jsonl. All train the
 same model on the same global batches, and are held against the run on one rank, step by step.
@@ -35,8 +35,28 @@ from ...moe.config import EmulateConfig, ModelConfig, MoEConfig, RouterConfig
 from ...parallel.config import ParallelConfig
 from .report import Goal, Report, Row, at_most, environment
 
-LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
-"""(expert, data) degrees; the first is what the others are held against."""
+LAYOUTS = (
+    ParallelConfig(data=1),
+    ParallelConfig(data=2, expert=2),
+    ParallelConfig(data=2),
+    ParallelConfig(data=4, expert=2),
+    ParallelConfig(data=4, expert=4),
+    ParallelConfig(data=1, shard=2),
+    ParallelConfig(data=2, shard=2),
+    ParallelConfig(data=1, shard=4, expert=2),
+    ParallelConfig(data=2, shard=2, expert=4),
+    ParallelConfig(data=1, tensor=2),
+    ParallelConfig(data=1, tensor=2, expert=2),
+    ParallelConfig(data=2, tensor=2, expert=4),
+    ParallelConfig(data=1, shard=2, tensor=2, expert=2),
+    ParallelConfig(data=1, pipeline=2),
+    ParallelConfig(data=2, pipeline=2, expert=2),
+    ParallelConfig(data=1, pipeline=2, tensor=2, expert=2),
+)
+"""The first is what the others are held against. Rows name them as `name_of` does."""
+
+ACCUMULATE = 4
+"""Micro-batches of a step: what fills a pipeline, and the same everywhere."""
 
 STEPS = 30
 BATCH, SEQ_LEN = 16, 128
@@ -50,8 +70,8 @@ NORM_BOUND = {"fp64": 1e-9, "fp32": 1e-4}
 HEADINGS = {
     "mode": "mode",
     "precision": "type",
-    "expert": "expert",
-    "data": "data",
+    "layout": "layout",
+    "ranks": "ranks",
     "loss_difference": "loss",
     "grad_norm_difference": "norm",
     "bitwise": "bitwise",
@@ -89,15 +109,17 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
         for mode in modes:
             for precision in ("fp64", "fp32"):
                 curves = {}
-                for expert, data in LAYOUTS:
-                    say(f"{mode}, {precision}: expert {expert} x data {data}")
-                    where = Path(folder) / f"{mode}-{precision}-{expert}x{data}".replace(", ", "-")
-                    curves[expert, data] = train(configure(mode, precision, expert, data, corpus, where))
+                for layout in layouts(mode):
+                    say(f"{mode}, {precision}: {name_of(layout)}")
+                    where = Path(folder) / f"{mode}-{precision}-{name_of(layout)}".replace(", ", "-").replace(" ", "-")
+                    curves[layout] = train(configure(mode, precision, layout, corpus, where))
                 new_rows, new_goals = compare(mode, precision, curves)
                 rows += new_rows
                 goals += new_goals
     notes = [
-        f"largest relative difference over {STEPS} steps to the run at expert 1 x data 1, same global batches",
+        f"largest relative difference over {STEPS} steps to the run on 1 rank, same global batches",
+        "EP experts over ranks (folded: the ranks are the product of the others), DP copies, FSDP shared storage, TP "
+        "tensor-parallel ranks, PP pipeline stages",
         "fp32: over many more steps, or at a higher learning rate, rounding moves single tokens across the edge of a "
         "capacity, and the curves part by about 1e-5; fp64 runs the reference kernels",
     ]
@@ -114,19 +136,35 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
     )
 
 
+AXES = {"expert": "EP", "pipeline": "PP", "tensor": "TP", "shard": "FSDP", "data": "DP"}
+
+
+def layouts(mode: str) -> list[ParallelConfig]:
+    """Those that may run it: emulated ranks, by which capacities are equal, are not cut by tensor parallelism."""
+    return [layout for layout in LAYOUTS if layout.tensor == 1 or ROUTERS[mode].emulate is None]
+
+
+def name_of(layout: ParallelConfig) -> str:
+    """The degrees above 1, say EP2xFSDP4; ranks are the product of all but EP, which is folded over them."""
+    parts = [f"{short}{getattr(layout, axis)}" for axis, short in AXES.items() if getattr(layout, axis) != 1]
+    return "x".join(parts) or "1 rank"
+
+
 def configure(
-    mode: str, precision: Literal["fp32", "fp64"], expert: int, data: int, corpus: Path, where: Path
+    mode: str, precision: Literal["fp32", "fp64"], layout: ParallelConfig, corpus: Path, where: Path
 ) -> TrainConfig:
     """A run of the tiny model at one layout; fp64 takes the reference kernels."""
     moe = MoEConfig(experts=8, d_expert=64, dispatch="padded" if "padded" in mode else "ragged")
     return TrainConfig(
         model=ModelConfig(d_model=64, layers=2, heads=4, kv_heads=2, moe=moe),
         router=ROUTERS[mode],
-        parallel=ParallelConfig(expert=expert, data=expert * data),
+        parallel=layout,
         optimizer=OptimizerConfig(lr=3e-4),
         schedule=ScheduleConfig(warmup_steps=5),
         data=DataConfig(corpus=str(corpus), tokenizer="bytes", seq_len=SEQ_LEN, dir=str(where.parent)),
-        train=LoopConfig(steps=STEPS, batch=BATCH, precision=precision, eval_batch=16, sample_tokens=0),
+        train=LoopConfig(
+            steps=STEPS, batch=BATCH, accumulate=ACCUMULATE, precision=precision, eval_batch=16, sample_tokens=0
+        ),
         checkpoint=CheckpointConfig(every=0),
         log=LogConfig(dir=str(where), every=1, tensorboard=False),
         kernels="reference" if precision == "fp64" else "auto",
@@ -161,17 +199,17 @@ def train(config: TrainConfig) -> Curve:
     )
 
 
-def compare(mode: str, precision: str, curves: dict[tuple[int, int], Curve]) -> tuple[list[Row], list[Goal]]:
+def compare(mode: str, precision: str, curves: dict[ParallelConfig, Curve]) -> tuple[list[Row], list[Goal]]:
     """Every layout against the first, and the two goals of this mode and precision."""
     alone = curves[LAYOUTS[0]]
     rows: list[Row] = []
-    for (expert, data), curve in curves.items():
+    for layout, curve in curves.items():
         rows.append(
             {
                 "mode": mode,
                 "precision": precision,
-                "expert": expert,
-                "data": data,
+                "layout": name_of(layout),
+                "ranks": layout.world(),
                 "loss_difference": largest_difference(curve.losses, alone.losses),
                 "grad_norm_difference": largest_difference(curve.norms, alone.norms),
                 "bitwise": curve.losses == alone.losses and curve.norms == alone.norms,

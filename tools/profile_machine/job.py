@@ -72,7 +72,7 @@ def _obstacle(job: Job, kind: LayerKind, world: int, memory_bytes: float) -> str
     if config is None:
         return "the configuration is a model's shape, not a wastenot run's"
     if layout.tensor > 1:
-        return "wastenot's own layers are not cut by tensor parallelism"
+        return "layers that tensor ranks share are not timed operator by operator"
     numel = sum(
         weight.numel / (layout.expert if weight.role == "expert" else 1) for weight in layer_weights(job.shape, kind)
     )
