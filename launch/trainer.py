@@ -35,7 +35,7 @@ from .metrics import MetricsWriter
 from .optimizer import make_optimizer
 from .optimizer_config import refuse_state_of_others
 from .optimizer_state import by_parameter, in_all, measure
-from .precision import weight_dtype
+from .precision import compute_dtype, weight_dtype
 from .rules import vocabulary_rule
 from .run_folder import RunFolder
 from .settings import as_mapping
@@ -98,6 +98,7 @@ class Trainer:
             piece_bytes=self.piece_bytes,
             backend=config.kernels,
             stages=stages_of(config, mesh),
+            compute_dtype=compute_dtype(config.train.precision),
         )
         self.optimizer = make_optimizer(self.model, config.optimizer)
         gradients = Gradients(self.model, mesh, config.parallel.bucket_bytes)

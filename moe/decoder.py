@@ -246,11 +246,15 @@ def build_decoder(
     piece_bytes: int = 0,
     backend: Backend = "auto",
     stages: Stages | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Decoder:
-    """This rank's part of a freshly initialised model, the same model under every layout of ranks."""
+    """This rank's part of a freshly initialised model, the same model under every layout of ranks.
+
+    compute_dtype: what it will compute in under autocast; None: `dtype`.
+    """
     with torch.device("meta"):
         model = Decoder(config, router, mesh, piece_bytes, backend, stages)
-    parallelize(model, mesh, initialiser(config), seed, dtype)
+    parallelize(model, mesh, initialiser(config), seed, dtype, compute_dtype)
     return model
 
 

@@ -23,13 +23,22 @@ def seed_of(*parts: object) -> int:
 
 
 @torch.no_grad()
-def parallelize(model: nn.Module, mesh: Mesh, initialise: Initialiser, seed: int, dtype: torch.dtype) -> nn.Module:
+def parallelize(
+    model: nn.Module,
+    mesh: Mesh,
+    initialise: Initialiser,
+    seed: int,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Gives a model built on `meta` its memory on this rank, in place, and returns it.
 
     `model` holds all experts. Expert weights keep this rank's share of the leading dimension, and what tensor ranks
     share becomes a DTensor of its part. Every weight is drawn from a generator seeded by (seed, name, expert), so the
     model is the same under every layout. No rank ever holds more than its part, but for one dense weight at a time,
     and with `parallel.shard` one block more: FSDP2 cuts it when it is filled.
+
+    compute_dtype: what experts compute in, where that is not `dtype`; `parallel.shard` ranks gather them in it.
     """
     experts, dims = expert_parameter_names(model), tensor_parameters(model, mesh)
     filled: set[nn.Module] = set()
@@ -48,7 +57,7 @@ def parallelize(model: nn.Module, mesh: Mesh, initialise: Initialiser, seed: int
 
     for prefix, unit in units(model):
         fill(unit, prefix)
-        shard_unit(unit, mesh)
+        shard_unit(unit, mesh, compute_dtype)
     return model
 
 

@@ -3,6 +3,10 @@
 Dense weights [m, ...] are cut along m over `shard`, experts [e, d, f] along d over `expert_shard`: a rank often holds
 fewer experts than share their storage. Both have copies over `data`. Gradients are sums in this code base, and FSDP2
 is told so. What is not here: experts whose storage no other rank shares stay whole (gradients.py reduces them).
+
+Parts are master weights in the model's dtype. Experts, which compute in a narrower one under autocast, are gathered in
+it, for half the bytes and the same numbers (but where stand-ins use them a second time: the two gradients meet in that
+dtype). Blocks are not, for their norms and routers compute in fp32. Gradients are reduced in fp32.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
 from .collectives import all_gather_single, all_reduce, reduce_scatter_single
@@ -37,8 +41,10 @@ def units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield "", model
 
 
-def shard_unit(unit: nn.Module, mesh: Mesh) -> None:
+def shard_unit(unit: nn.Module, mesh: Mesh, compute_dtype: torch.dtype | None = None) -> None:
     """Leaves this rank its part of the weights of `unit`, those aside that belong to units within.
+
+    compute_dtype: what experts compute in and are gathered in; None: their own. Gradients are summed in their own.
 
     Raises ValueError where experts do not split evenly.
     """
@@ -46,7 +52,9 @@ def shard_unit(unit: nn.Module, mesh: Mesh) -> None:
         if mesh.expert_shard.size > 1:
             assert mesh.expert_mesh is not None
             _check_even(unit, mesh.expert_shard)
-            _shard(unit, mesh.expert_mesh["expert_shard"], mesh.expert_shard, mesh, "expert", _EXPERT_DIM)
+            _shard(
+                unit, mesh.expert_mesh["expert_shard"], mesh.expert_shard, mesh, "expert", _EXPERT_DIM, compute_dtype
+            )
             if hasattr(unit, HOLD):
                 register_fsdp_forward_method(unit, HOLD)
         return
@@ -65,13 +73,24 @@ def _check_even(unit: nn.Module, axis: Axis) -> None:
             raise ValueError(f"shard: experts of {width} rows ({name}) do not split over {axis.size} ranks")
 
 
-def _shard(unit: nn.Module, device_mesh: Any, axis: Axis, mesh: Mesh, name: str, dim: int) -> None:
+def _shard(
+    unit: nn.Module,
+    device_mesh: Any,
+    axis: Axis,
+    mesh: Mesh,
+    name: str,
+    dim: int,
+    compute_dtype: torch.dtype | None = None,
+) -> None:
     # The experts of inner units: units of their own, or whole.
     inner = [module for module in unit.modules() if module is not unit and hasattr(module, EXPERT_PARAMETERS)]
     fully_shard(
         unit,
         mesh=device_mesh,
         shard_placement_fn=lambda _: Shard(dim),
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=next(unit.parameters()).dtype, cast_forward_inputs=False
+        ),
         ignored_params={p for module in inner for p in module.parameters(recurse=False)},
     )
     sharded = cast(FSDPModule, unit)

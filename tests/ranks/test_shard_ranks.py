@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from wastenot.launch.evaluate import evaluate
 from wastenot.launch.optimizer import make_optimizer
 from wastenot.launch.optimizer_config import AdapproxConfig
 from wastenot.launch.optimizer_state import measure
-from wastenot.launch.precision import weight_dtype
+from wastenot.launch.precision import compute_dtype, weight_dtype
 from wastenot.launch.shards import TokenShards
 from wastenot.launch.step import Stepper
 from wastenot.moe.config import RouterConfig
@@ -65,8 +66,16 @@ def mesh_of(layout: ParallelConfig, heard: Heard | None = None) -> Mesh:
     return make_mesh(layout, "cpu", heard) if layout.world() > 1 else single(recorder=heard)
 
 
+def gathered_in(precision: str) -> torch.dtype | None:
+    """Dtype that experts are gathered in."""
+    return None if "GATHER_WHOLE" in os.environ else compute_dtype(precision)
+
+
 def stepper_of(settings: TrainConfig, mesh: Mesh) -> Stepper:
-    model = build_decoder(settings.model, settings.router, mesh, dtype=weight_dtype(settings.train.precision))
+    precision = settings.train.precision
+    model = build_decoder(
+        settings.model, settings.router, mesh, dtype=weight_dtype(precision), compute_dtype=gathered_in(precision)
+    )
     windows = RandomWindows(settings.model.vocab_size, settings.data.seq_len)
     # Small buckets, so that several are in flight at once.
     gradients = Gradients(model, mesh, bucket_bytes=20_000)
@@ -152,6 +161,22 @@ def test_fp32_and_bf16_training_are_close_to_one_process(precision, bound):
     curve, *_ = train(0, 1, settings, ALONE)
     for curve_here, *_ in run_ranks(4, train, settings, LAYOUTS[3]):
         np.testing.assert_allclose(np.array(curve_here)[:, 0], np.array(curve)[:, 0], rtol=bound)
+
+
+@pytest.mark.parametrize(("name", "bound"), [("dropless with bias", 0.0), ("rectified", 2e-3)])
+def test_bf16_experts_travel_as_bf16_and_train_as_if_gathered_in_fp32(monkeypatch, name, bound):
+    settings = settings_for(name, "bf16")
+    narrow = run_ranks(4, train, settings, LAYOUTS[3])
+    monkeypatch.setenv("GATHER_WHOLE", "1")
+    for (curve, _, after, heard), (whole_curve, _, whole_after, whole_heard) in zip(
+        narrow, run_ranks(4, train, settings, LAYOUTS[3]), strict=True
+    ):
+        np.testing.assert_allclose(curve, whole_curve, rtol=bound)
+        assert bound or all(np.array_equal(value, whole_after[key]) for key, value in after.items())
+        sent = heard.num_bytes.pop("expert-weights"), whole_heard.num_bytes.pop("expert-weights")
+        assert 0 < 2 * sent[0] == sent[1]
+        reduced = heard.num_bytes["expert-gradients"], whole_heard.num_bytes["expert-gradients"]
+        assert reduced[0] == reduced[1], "gradients are reduced in fp32"
 
 
 def test_experts_without_tokens_never_hang():
