@@ -176,13 +176,13 @@ def experts_split_over_storage(config: TrainConfig) -> list[Violation]:
     return found
 
 
-def storage_is_shared_within_one_stage(config: TrainConfig) -> list[Violation]:
-    """Stages call layers one by one; FSDP2 gathers weights where a whole model is called."""
+def shared_storage_runs_whole_backwards(config: TrainConfig) -> list[Violation]:
+    """FSDP2 frees a block's weights after the gradients of inputs; those of weights, later, need them again."""
     parallel = config.parallel
-    if parallel.shard == 1 or parallel.pipeline == 1:
+    if parallel.shard == 1 or parallel.pipeline == 1 or parallel.schedule not in ("zb-h1", "dualpipev"):
         return []
-    message = f"{parallel.shard} does not go with parallel.pipeline: {parallel.pipeline} yet; use 1"
-    return [Violation(("parallel.shard", "parallel.pipeline"), message)]
+    message = f"{parallel.schedule} splits backwards, which parallel.shard: {parallel.shard} cannot; use 1f1b"
+    return [Violation(("parallel.schedule", "parallel.shard"), message)]
 
 
 def optimizer_steps_parts(config: TrainConfig) -> list[Violation]:
@@ -270,7 +270,7 @@ LAYOUT_RULES = (
     tensor_ranks_share,
     emulation_is_not_cut,
     optimizer_steps_parts,
-    storage_is_shared_within_one_stage,
+    shared_storage_runs_whole_backwards,
     layers_make_stages,
     micro_batches_fill_pipeline,
     tied_ends_share_a_rank,

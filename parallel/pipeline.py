@@ -212,6 +212,9 @@ class _Stage(PipelineStage):
             self._clock.finishing(whole=backward_type == "full")
         return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
 
+    def _post_metadata_inference_cleanup(self):
+        """Nothing was run to find shapes out. torch's would take the gradients from the buckets of gradients.py."""
+
     def _expected(self, ops: list) -> list:
         for _ in ops:
             self._mesh.recorder.collective_entered(RECEIVE, 0)

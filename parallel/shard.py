@@ -25,6 +25,7 @@ from .collectives import all_gather_single, all_reduce, reduce_scatter_single
 from .events import Recorder
 from .expert import EXPERT_PARAMETERS, HOLD
 from .mesh import Axis, Mesh
+from .stages import RUN
 from .stopwatch import Stopwatch
 
 _EXPERT_DIM = 1
@@ -64,6 +65,19 @@ def shard_unit(unit: nn.Module, mesh: Mesh, compute_dtype: torch.dtype | None = 
     unit.register_forward_hook(_hide)
     _shard(unit, mesh.dense_mesh["shard"], mesh.shard, mesh, "dense", 0)
     unit.register_forward_hook(_show)
+    if mesh.pipeline.size > 1 and hasattr(unit, RUN):
+        _gather_in_stages(unit)
+
+
+def _gather_in_stages(model: nn.Module) -> None:
+    """In a pipeline `RUN` is what is called with gradients: FSDP2 gets the hooks there that it has around `forward`."""
+    run = getattr(model, RUN)
+    setattr(model, RUN, lambda *args: _hide(model, args, run(*args)))
+    register_fsdp_forward_method(model, RUN)
+    gathering = getattr(model, RUN)
+    setattr(model, RUN, lambda *args: _show(model, args, gathering(*args)))
+    # The loss reads the output layer outside, for micro-batches that are on their way together.
+    cast(FSDPModule, model).set_reshard_after_backward(False, recurse=False)
 
 
 def _check_even(unit: nn.Module, axis: Axis) -> None:
@@ -186,6 +200,11 @@ def is_sharded(parameter: Tensor) -> bool:
     return not {"shard", "expert_shard"}.isdisjoint(parameter.device_mesh.mesh_dim_names or ())
 
 
+def _root(model: nn.Module) -> FSDPModule:
+    assert isinstance(model, FSDPModule)
+    return model
+
+
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
@@ -208,24 +227,43 @@ class ShardedGradients:
         self.dense = [p for p in dense if not _is_cut(p)]
         self.tensor = [p for p in dense if _is_cut(p)]
         self.experts, self.mesh = experts, mesh
-        self._modules = _sharded_modules(model)
+        self._model, self._modules = model, _sharded_modules(model)
+        self._is_pipelined = mesh.pipeline.size > 1
 
     def zero(self) -> None:
         """Forgets the gradients; those that follow are kept unreduced, until `reduce`."""
         for parameter in (*self.dense, *self.tensor, *self.experts):
             parameter.grad = None
         self._reduce(False)
+        if self._is_pipelined:
+            _root(self._model).set_is_last_backward(False)
 
     def reduce(self) -> None:
-        """The next backward is the step's last: it reduces."""
-        self._reduce(True)
+        """The next backward is the step's last: it reduces; in a pipeline, whose stages end at different times,
+        `complete` does."""
+        if not self._is_pipelined:
+            self._reduce(True)
 
     def _reduce(self, now: bool) -> None:
         for module in self._modules:
             module.set_requires_gradient_sync(now, recurse=False)
 
+    def _reduce_after_all(self) -> None:
+        """As torch's pipelining does where its stages are FSDP2's modules."""
+        self._reduce(True)
+        root = _root(self._model)
+        root.set_is_last_backward(True)
+        state = cast(Any, fully_shard).state(root)
+        for each in state._state_ctx.all_states:
+            for group in each._fsdp_param_groups:
+                group.post_backward()
+        state._root_post_backward_final_callback()
+        root.reshard()
+
     def complete(self) -> None:
         """Zeros where no rank's backward came, as other parameters have them."""
+        if self._is_pipelined:
+            self._reduce_after_all()
         for parameter in (*self.dense, *self.tensor, *self.experts):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -8,7 +8,10 @@ from functools import cache
 
 from .config import ParallelConfig
 
-__all__ = ["Stages", "even_cut", "lay_out", "whole"]
+__all__ = ["RUN", "Stages", "even_cut", "lay_out", "whole"]
+
+RUN = "run"
+"""Name of a model's method that runs one of its stages (moe/decoder.py)."""
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ BAD_SETTINGS = [
     ("parallel.tensor=0", "parallel.tensor", "use 1 or more"),
     ("parallel.pipeline=5 -s train.batch=40 -s train.accumulate=5", "parallel.pipeline", "4 layers; use 4"),
     (f"{PIPELINE}=4 -s {SCHEDULE}=interleaved -s train.accumulate=4", "parallel.pipeline", "4 layers; use 2"),
+    (f"{PIPELINE}=2 -s {SCHEDULE}=zb-h1 -s parallel.shard=2 {FILLED}", SCHEDULE, "use 1f1b"),
     (f"{PIPELINE}=2 -s {SCHEDULE}=interleaved -s parallel.chunks=3 {FILLED}", "parallel.pipeline", "6 stages"),
     (f"{PIPELINE}=2", "train.accumulate", "use 2"),
     (f"{PIPELINE}=4 -s train.accumulate=3 -s train.batch=12", "train.accumulate", "use 4"),

@@ -52,6 +52,8 @@ LAYOUTS = (
     ParallelConfig(data=1, pipeline=2),
     ParallelConfig(data=2, pipeline=2, expert=2),
     ParallelConfig(data=1, pipeline=2, tensor=2, expert=2),
+    ParallelConfig(data=1, pipeline=2, shard=2),
+    ParallelConfig(data=1, pipeline=2, shard=2, expert=2),
 )
 """The first is what the others are held against. Rows name them as `name_of` does."""
 
