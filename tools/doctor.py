@@ -42,7 +42,9 @@ _MEET_SECONDS = 30.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `wastenot doctor`."""
     parser.add_argument(
-        "--selftest", action="store_true", help="run small collectives: on two local ranks, or on a launcher's"
+        "--selftest",
+        action="store_true",
+        help="run collectives and training on two local ranks, or on a launcher's, whose results are known",
     )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="PATH", help="prove instead that a checkpoint is whole: a run, or one of its"
@@ -101,11 +103,11 @@ def _run_rank(rank: env.Rank, args: argparse.Namespace) -> int:
 
 
 def _selftest(rank: env.Rank, assembly: Assembly, device: torch.device) -> list[selftest.Finding]:
-    """The collectives' checks on the ranks that a launcher started, over the network between them."""
+    """The checks on the ranks that a launcher started, over the network between them."""
     backend = rendezvous.backend("auto", device)
     rendezvous.join(rank, assembly.whole_store, backend, device, selftest.TIMEOUT_SECONDS)
     watchdog = Watchdog(rank, assembly.whole_store, selftest.TIMEOUT_SECONDS)
-    results = selftest.check_collectives(device, watchdog)
+    results = selftest.check(device, watchdog)
     dist.barrier()
     watchdog.close()
     env.stop()

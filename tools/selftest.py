@@ -1,4 +1,4 @@
-"""Small collectives with known results, on real ranks: what `wastenot doctor --selftest` runs.
+"""Collectives with known results and training with known numbers, on real ranks: `wastenot doctor --selftest`.
 
 As a program (`-m wastenot.tools.selftest FILE`) it is one rank: rank 0 writes the findings to FILE as JSON.
 """
@@ -32,7 +32,7 @@ class Finding:
     name: str
     good: bool
     detail: str
-    """Milliseconds where it is good, else what went wrong where."""
+    """Milliseconds, or how near the numbers are, where it is good; else what went wrong where."""
 
 
 def all_reduce(rank: int, world: int, device: torch.device) -> bool:
@@ -63,8 +63,12 @@ def all_gather(rank: int, world: int, device: torch.device) -> bool:
 CHECKS: tuple[Callable[[int, int, torch.device], bool], ...] = (all_reduce, all_to_all, all_gather)
 
 
-def check_collectives(device: torch.device, watchdog: Watchdog) -> list[Finding]:
+def check(device: torch.device, watchdog: Watchdog) -> list[Finding]:
     """Runs every check on the initialised process group; all ranks call it and get the same findings."""
+    return [*_check_collectives(device, watchdog), *_check_training(device, watchdog)]
+
+
+def _check_collectives(device: torch.device, watchdog: Watchdog) -> list[Finding]:
     mine = []
     rank, world = dist.get_rank(), dist.get_world_size()
     for check in CHECKS:
@@ -86,6 +90,24 @@ def check_collectives(device: torch.device, watchdog: Watchdog) -> list[Finding]
     return findings
 
 
+def _check_training(device: torch.device, watchdog: Watchdog) -> list[Finding]:
+    # Imported here: a model takes a second that `doctor` alone need not spend.
+    from . import selftest_parity as parity
+
+    findings = []
+    world = dist.get_world_size()
+    for layout in parity.layouts(world):
+        everyone: list[float] = [0.0] * world
+        dist.all_gather_object(everyone, parity.largest_difference(layout, world, device, watchdog))
+        # As it reads, so that no number at all is no success.
+        wrong = [rank for rank, difference in enumerate(everyone) if not difference <= parity.BOUND]
+        shown = f"losses and gradients as in one process, to {max(everyone):.0e}"
+        if wrong:
+            shown = f"losses and gradients differ from those of one process by {everyone[wrong[0]]:.0e}; ranks {wrong}"
+        findings.append(Finding(name=parity.name_of(layout), good=not wrong, detail=shown))
+    return findings
+
+
 def on_local_ranks(nproc: int = 2) -> list[Finding]:
     """Starts `nproc` gloo ranks on this host and returns what they find."""
     with tempfile.TemporaryDirectory(prefix="wastenot-selftest-") as folder:
@@ -102,7 +124,7 @@ def main(file: str) -> int:
     rank, device = env.detect(os.environ), torch.device("cpu")
     store = env.start(rank, ParallelConfig(backend="gloo", timeout_seconds=TIMEOUT_SECONDS), device)
     watchdog = Watchdog(rank, store, TIMEOUT_SECONDS)
-    findings = check_collectives(device, watchdog)
+    findings = check(device, watchdog)
     if rank.rank == 0:
         Path(file).write_text(json.dumps([asdict(finding) for finding in findings]))
     watchdog.close()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import socket
 
 import pytest
+import torch
 import torch.distributed as dist
 from spawned import run_ranks
 
+from wastenot.tools import selftest, selftest_parity
 from wastenot.tools.cli import main
 
 
@@ -57,7 +60,19 @@ def test_ranks_that_fit_are_mapped_and_their_collectives_tested(examine):
     assert sorted((r["rank"], r["local_rank"], r["interface"]) for r in report["ranks"]) == [
         (rank, rank, "lo") for rank in range(3)
     ]
-    assert [finding["good"] for finding in report["selftest"]] == [True] * 3
+    assert [finding["good"] for finding in report["selftest"]] == [True] * 7
+
+
+def test_a_number_that_differs_or_is_none_fails_the_selftest():
+    for difference, said in ((1e-3, "by 1e-03; ranks [0]"), (math.nan, "by nan; ranks [0]")):
+        (found,) = run_ranks(1, training_findings, difference)[0]
+        assert not found.good
+        assert found.detail.endswith(said)
+
+
+def training_findings(rank: int, world: int, difference: float) -> list[selftest.Finding]:
+    selftest_parity.largest_difference = lambda *_: difference
+    return selftest._check_training(torch.device("cpu"), None)  # pyright: ignore[reportArgumentType]
 
 
 def test_two_processes_of_one_rank_meet_and_are_told_apart(examine):

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from wastenot.launch.layout_rules import LAYOUT_RULES, world_rules
 from wastenot.launch.rank_map import RankReport, problems
+from wastenot.tools import selftest_parity
 from wastenot.tools.cli import main
 from wastenot.tools.packages import PROBES, Probe, examine
 
@@ -72,7 +74,27 @@ def test_the_report_is_one_json_object_and_the_selftest_passes(capfd):
         "all_reduce": True,
         "all_to_all": True,
         "all_gather": True,
+        "training, expert 2": True,
+        "training, shard 2": True,
+        "training, tensor 2": True,
+        "training, pipeline 2": True,
     }
+
+
+def test_every_kind_of_parallelism_that_the_ranks_allow_is_tried():
+    assert [selftest_parity.name_of(layout) for layout in selftest_parity.layouts(1)] == ["training"]
+    assert [selftest_parity.name_of(layout) for layout in selftest_parity.layouts(12)] == [
+        "training, expert 6",
+        "training, shard 6",
+        "training, tensor 6",
+        "training, pipeline 6",
+        "training, tensor 2, expert 4",
+        "training, pipeline 2, shard 2, expert 2",
+    ]
+    for world in range(1, 33):
+        for layout in selftest_parity.layouts(world):
+            config = selftest_parity._config(layout, world)
+            assert not [*world_rules(config, world), *(found for rule in LAYOUT_RULES for found in rule(config))]
 
 
 def reports(world: int = 4, hosts: int = 2, gpus: bool = False) -> list[RankReport]:
