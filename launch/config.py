@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..moe.config import ModelConfig, RouterConfig, nearest_divisor
-from ..parallel.config import ParallelConfig
+from ..parallel.config import ParallelConfig, RecomputeConfig
 from .optimizer_config import OptimizerConfig
 
 
@@ -127,6 +127,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)

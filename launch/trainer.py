@@ -99,6 +99,7 @@ class Trainer:
             backend=config.kernels,
             stages=stages_of(config, mesh),
             compute_dtype=compute_dtype(config.train.precision),
+            recompute=config.recompute,
         )
         self.optimizer = make_optimizer(self.model, config.optimizer)
         gradients = Gradients(self.model, mesh, config.parallel.bucket_bytes)

@@ -15,7 +15,9 @@ from ..kernels.backend import Backend
 from ..kernels.cross_entropy import linear_cross_entropy
 from ..parallel import vocabulary
 from ..parallel.apply import Initialiser, parallelize
+from ..parallel.config import KEEP_ALL, RecomputeConfig
 from ..parallel.mesh import Mesh
+from ..parallel.recompute import calls_of
 from ..parallel.relay import Relay
 from ..parallel.stages import Stages, whole
 from ..parallel.tensor import ALONE, Stream, streams
@@ -38,15 +40,19 @@ class Block(nn.Module):
         mesh: Mesh,
         piece_bytes: int,
         backend: Backend,
+        recompute: RecomputeConfig = KEEP_ALL,
     ) -> None:
         super().__init__()
+        calls = calls_of(recompute)
+        self._call = calls.block
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps, backend)
         self.attention = Attention(config, layer, backend, mesh)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps, backend)
         if config.moe is not None and config.is_moe(layer):
-            self.ffn = MoELayer(config.d_model, config.moe, router, mesh, piece_bytes, backend, config.nth_moe(layer))
+            number = config.nth_moe(layer)
+            self.ffn = MoELayer(config.d_model, config.moe, router, mesh, piece_bytes, backend, number, calls.hidden)
         else:
-            self.ffn = SwiGLU(config.d_model, config.dense_width)
+            self.ffn = SwiGLU(config.d_model, config.dense_width, calls.hidden)
 
     def forward(
         self,
@@ -57,6 +63,17 @@ class Block(nn.Module):
         stream: Stream = ALONE,
     ) -> tuple[Tensor, Routing | None]:
         """The residual stream after this block, and its routing if it has experts."""
+        # Within the block: FSDP2 gathers its weights around both, forward and backward.
+        return self._call(self._forward, x_BSD, table, cache, mask, stream)
+
+    def _forward(
+        self,
+        x_BSD: Tensor,
+        table: tuple[Tensor, Tensor],
+        cache: KVCache | None,
+        mask: Tensor | None,
+        stream: Stream,
+    ) -> tuple[Tensor, Routing | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table, cache, mask, stream)
         normed_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoELayer):
@@ -93,6 +110,7 @@ class Decoder(nn.Module):
         piece_bytes: int = 0,
         backend: Backend = "auto",
         stages: Stages | None = None,
+        recompute: RecomputeConfig = KEEP_ALL,
     ) -> None:
         """`stages` says which layers this rank holds, the embedding with the first and the output layer with the
         last; None: all."""
@@ -102,6 +120,7 @@ class Decoder(nn.Module):
         self.config = config
         self.mesh = mesh
         self.backend: Backend = backend
+        self.recompute = recompute
         self.cut_stream, self.whole_stream = streams(mesh)
         self.stages = whole(config.layers) if stages is None else stages
         self.relay = Relay(mesh, self.stages)
@@ -110,7 +129,8 @@ class Decoder(nn.Module):
         # Iterates over the layers held; each is named by its number in the model.
         self.blocks = nn.ModuleList()
         for layer in self.stages.held:
-            self.blocks.add_module(str(layer), Block(config, router, layer, mesh, piece_bytes, backend))
+            block = Block(config, router, layer, mesh, piece_bytes, backend, recompute)
+            self.blocks.add_module(str(layer), block)
         if self.stages.has_last:
             self.norm = RMSNorm(config.d_model, config.norm_eps, backend)
         has_head = self.stages.has_last and not config.tie_embeddings
@@ -247,13 +267,14 @@ def build_decoder(
     backend: Backend = "auto",
     stages: Stages | None = None,
     compute_dtype: torch.dtype | None = None,
+    recompute: RecomputeConfig = KEEP_ALL,
 ) -> Decoder:
     """This rank's part of a freshly initialised model, the same model under every layout of ranks.
 
     compute_dtype: what it will compute in under autocast; None: `dtype`.
     """
     with torch.device("meta"):
-        model = Decoder(config, router, mesh, piece_bytes, backend, stages)
+        model = Decoder(config, router, mesh, piece_bytes, backend, stages, recompute)
     parallelize(model, mesh, initialiser(config), seed, dtype, compute_dtype)
     return model
 
@@ -268,6 +289,7 @@ def with_router(model: Decoder, router: RouterConfig) -> Decoder:
         raise ValueError(f"the weights are spread over {ranks} ranks; build a model with that router")
     first = next(block.ffn for block in model.blocks if isinstance(block.ffn, MoELayer))
     with torch.device("meta"):
-        other = Decoder(model.config, router, model.mesh, first.dispatcher.piece_bytes, model.backend)
+        pieces = first.dispatcher.piece_bytes
+        other = Decoder(model.config, router, model.mesh, pieces, model.backend, recompute=model.recompute)
     other.load_state_dict(model.state_dict(keep_vars=True), assign=True)
     return other.train(model.training)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels.backend import Backend
 from ..parallel.mesh import Mesh
+from ..parallel.recompute import Call, plainly
 from ..parallel.tensor import ALONE, Stream
 from .config import MoEConfig, RouterConfig
 from .dispatcher import Dispatcher
@@ -33,12 +34,16 @@ class MoELayer(nn.Module):
         piece_bytes: int = 0,
         backend: Backend = "auto",
         layer: int = 0,
+        call: Call = plainly,
     ) -> None:
-        """`layer` counts MoE layers from 0. Raises ValueError where `padded` rows of stand-ins would have to travel."""
+        """`layer` counts MoE layers from 0; `call` computes experts.
+
+        Raises ValueError where `padded` rows of stand-ins would have to travel.
+        """
         super().__init__()
         self.router = make_router(d_model, moe.experts, router, backend, layer)
-        self.experts = GroupedExperts(moe.experts, d_model, moe.d_expert, backend)
-        self.shared = SwiGLU(d_model, moe.d_expert * moe.shared_experts) if moe.shared_experts else None
+        self.experts = GroupedExperts(moe.experts, d_model, moe.d_expert, backend, call)
+        self.shared = SwiGLU(d_model, moe.d_expert * moe.shared_experts, call) if moe.shared_experts else None
         self.mixer = Mixer(moe.experts, router, mesh, moe.dispatch, piece_bytes, backend, f"layer{layer}.")
         self._is_gathered = mesh.expert_shard.size > 1
 

@@ -1,4 +1,4 @@
-"""How ranks are laid out. Torch-free, so that planners read it without torch."""
+"""How ranks are laid out, and what they keep for backward. Torch-free, so that planners read it without torch."""
 
 from __future__ import annotations
 
@@ -130,3 +130,14 @@ class ParallelConfig:
     def world(self, ranks: int | None = None) -> int:
         """World size this layout asks for; `data: auto` takes what `ranks` allows (default: the fewest)."""
         return self.pipeline * self.stage(ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeConfig:
+    """What backward computes again instead of keeping it (docs/parallelism.md): less memory, more time, same bits."""
+
+    mode: Literal["none", "selective", "full"] = "none"
+    """Nothing; what experts and dense feed-forward layers compute inside; whole blocks, of which only inputs stay."""
+
+
+KEEP_ALL = RecomputeConfig()

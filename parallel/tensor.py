@@ -12,7 +12,7 @@ Not here: embedding, output layer and loss (vocabulary.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,9 @@ class _GatherAndProject(torch.autograd.Function):
 class Stream(Protocol):
     """How a layer that tensor ranks compute together reads the residual stream, and writes to it."""
 
+    travels: ClassVar[bool]
+    """Whether `project` and `leave` exchange with other ranks."""
+
     def project(self, x: Tensor, *weights: Tensor) -> Sequence[Tensor]:
         """All tokens of the tensor ranks times this rank's rows of each weight: x [..., n, D] -> [..., all, rows]."""
         ...
@@ -124,6 +127,8 @@ class Stream(Protocol):
 
 class Alone:
     """One rank: nothing travels."""
+
+    travels: ClassVar = False
 
     def project(self, x: Tensor, *weights: Tensor) -> Sequence[Tensor]:
         """Plain products."""
@@ -139,6 +144,8 @@ ALONE: Stream = Alone()
 
 class CutSequence:
     """Every rank holds its part of the tokens, of one length: training and evaluation."""
+
+    travels: ClassVar = True
 
     def __init__(self, axis: Axis, recorder: Recorder) -> None:
         self.axis, self.recorder = axis, recorder
@@ -156,6 +163,8 @@ class CutSequence:
 
 class WholeSequence:
     """Every rank holds all tokens: generation, one token at a time. Without gradients."""
+
+    travels: ClassVar = True
 
     def __init__(self, axis: Axis, recorder: Recorder) -> None:
         self.axis, self.recorder = axis, recorder
