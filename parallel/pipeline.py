@@ -30,6 +30,7 @@ from torch.distributed.pipelining.schedules import (
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
 )
+from torch.utils.checkpoint import GraphExecGroup
 
 from .config import ParallelConfig
 from .mesh import Mesh
@@ -204,7 +205,9 @@ class _Stage(PipelineStage):
         self._clock.computed()
 
     def backward_weight_one_chunk(self, *args, **kwargs):
-        super().backward_weight_one_chunk(*args, **kwargs)
+        # torch forms them group by group; what they need of a block is computed again once, not once for each group.
+        with GraphExecGroup():
+            super().backward_weight_one_chunk(*args, **kwargs)
         self._clock.computed()
 
     def backward_maybe_with_nosync(self, backward_type, bwd_kwargs, last_backward=False):
