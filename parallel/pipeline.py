@@ -4,7 +4,7 @@ The orders are those of `lynx/schedules`, by the same names (`tests/unit/test_ly
 `zb-h1` is torch's interleaved zero bubble with one stage per rank. In `zb-h1` and `dualpipev` a backward is split: its
 gradients of inputs first, those of weights later. Functions that compute both at once then do it twice; what travels
 between ranks of a stage travels once, with the gradients of inputs (in the first stage, whose inputs have none, with
-those of weights).
+those of weights). What is recomputed is so for each half.
 
 All ranks of a stage run the same order of actions, and within an action the same order of collectives: ranks can
 never disagree about which exchange comes next, whatever the schedule.

@@ -2,35 +2,70 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from spawned import run_ranks
-from test_parallel_parity import CASES, RandomWindows, config
+from test_parallel_parity import RandomWindows, config
+from test_training_runs import TINY, finish, log_dir, losses, start
+from torch import Tensor
 
 from wastenot.launch.config import TrainConfig
 from wastenot.launch.optimizer import make_optimizer
 from wastenot.launch.precision import weight_dtype
 from wastenot.launch.step import make_stepper
 from wastenot.launch.trainer import stages_of
-from wastenot.moe.config import RouterConfig
-from wastenot.moe.decoder import build_decoder
+from wastenot.moe.config import RectifyConfig, RouterConfig
+from wastenot.moe.decoder import Decoder, build_decoder
+from wastenot.parallel import recompute
 from wastenot.parallel.config import ParallelConfig, RecomputeConfig
 from wastenot.parallel.gradients import Gradients
-from wastenot.parallel.mesh import make_mesh, single
+from wastenot.parallel.mesh import Mesh, make_mesh, single
+from wastenot.tools.bench.memory import peak_bytes, saved_for_backward
 
 MODES = ("none", "selective", "full")
-NOISY = {**CASES, "noisy": (replace(CASES["rectified"][0], emulate=None, jitter=0.3, bias_update=0.01), {}), "noisy padded": (replace(CASES["rectified"][0], emulate=None, jitter=0.3), {"dispatch": "padded"}), "dense first": (replace(CASES["dropless"][0], jitter=0.1), {"first_dense": 1})}
+SPLIT = ("zb-h1", "dualpipev")
+"""Schedules that split a backward."""
+SENT_BY_EXPERTS = ("dispatch-counts", "dispatch", "combine")
+SENT_BY_TENSOR_RANKS = ("tensor-gather", "tensor-scatter", "tensor-norm")
+"""Forward, within blocks."""
+ALONE = ParallelConfig()
+LAYOUTS = {
+    "EP2": ParallelConfig(expert=2),
+    "EP2 x DP2": ParallelConfig(expert=2, data=4),
+    "FSDP2": ParallelConfig(shard=2),
+    "FSDP2 x EP2": ParallelConfig(shard=2, expert=2),
+    "TP2 x EP2": ParallelConfig(tensor=2, expert=2),
+    **{name: ParallelConfig(pipeline=2, expert=2, schedule=name) for name in ("1f1b", "interleaved", *SPLIT)},
+}
+RECTIFIED = RouterConfig(
+    top_k=2, capacity_factor=0.8, jitter=0.3, z_loss=1e-3, rectify=RectifyConfig(intra=True, fill=True)
+)
+CASES: dict[str, tuple[RouterConfig, dict[str, Any]]] = {
+    "dropless": (
+        RouterConfig(top_k=2, balance_over="global", z_loss=1e-3, bias_update=0.01, score="sigmoid", jitter=0.1),
+        {"first_dense": 1},
+    ),
+    "rectified": (RECTIFIED, {}),
+    "padded": (
+        replace(RECTIFIED, rectify=RectifyConfig(intra=True, capacity=0.5), bias_update=0.01),
+        {"dispatch": "padded"},
+    ),
+}
+PRECISIONS = ("fp64", "fp32", "bf16")
 
 
-@dataclass
 class Heard:
     """Every collective that this rank entered, in order."""
 
-    entered: list[tuple[str, int]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.entered: list[tuple[str, int]] = []
 
     def collective_entered(self, name: str, num_bytes: int) -> None:
         self.entered.append((name, num_bytes))
@@ -39,64 +74,175 @@ class Heard:
         pass
 
 
-def settings_of(case: str, layout: ParallelConfig, precision: str = "fp64", **model: Any) -> TrainConfig:
-    router, moe = NOISY[case]
+def settings_of(case: str, layout: ParallelConfig, precision: str) -> TrainConfig:
+    """Two steps of a few micro-batches, with shared experts, auxiliary losses, and identities checked."""
+    router, moe = CASES[case]
     settings = config(router, precision, **moe)
-    accumulate = 2 if layout.pipeline == 1 else 4
-    return replace(
-        settings,
-        model=replace(settings.model, **{"qk_norm": "full", "layers": layout.num_stages if layout.pipeline > 1 else 2, **model}),
-        parallel=layout,
-        train=replace(settings.train, steps=3, accumulate=accumulate),
-    )
+    train = replace(settings.train, steps=2, accumulate=2 if layout.pipeline == 1 else 4)
+    model = replace(settings.model, qk_norm="full", layers=max(2, layout.num_stages))
+    return replace(settings, model=model, parallel=layout, train=train)
 
 
-def train(settings: TrainConfig, mode: str) -> tuple[dict[str, Any], Heard]:
-    """All that a few steps come to on this rank."""
-    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
-    heard = Heard()
-    layout, recompute = settings.parallel, RecomputeConfig(mode=mode)  # pyright: ignore[reportArgumentType]
-    mesh = make_mesh(layout, "cpu", heard) if layout.world() > 1 else single(recorder=heard)
-    model = build_decoder(
+def model_of(settings: TrainConfig, mode: str, mesh: Mesh) -> Decoder:
+    return build_decoder(
         settings.model,
         settings.router,
         mesh,
         dtype=weight_dtype(settings.train.precision),
         stages=stages_of(settings, mesh),
-        recompute=recompute,
+        recompute=RecomputeConfig(mode=mode),  # pyright: ignore[reportArgumentType]
     )
+
+
+def own(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def train(settings: TrainConfig, mode: str) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
+    """All that the steps come to on this rank, and what it made travel."""
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
+    heard = Heard()
+    layout = settings.parallel
+    mesh = make_mesh(layout, "cpu", heard) if layout.world() > 1 else single(recorder=heard)
+    model = model_of(settings, mode, mesh)
     windows = RandomWindows(settings.model.vocab_size, settings.data.seq_len)
+    # Small buckets, so that several are in flight at once.
     gradients = Gradients(model, mesh, bucket_bytes=20_000)
     optimizer = make_optimizer(model, settings.optimizer)
     stepper = make_stepper(settings, mesh, model, optimizer, gradients, windows)  # pyright: ignore[reportArgumentType]
-    found: dict[str, Any] = {}
+    found: dict[str, Tensor] = {}
     for step in range(settings.train.steps):
         result = stepper.step(step, step * settings.train.batch, stop=False)
         assert result.applied
-        found[f"step {step}"] = torch.tensor([result.loss, result.grad_norm, *result.auxiliary.values()])
-        found[f"counts {step}"] = result.counts
-        found[f"own counts {step}"] = result.local_counts
+        numbers = [result.loss, result.grad_norm, *result.auxiliary.values()]
+        found |= {f"numbers {step}": torch.tensor(numbers, dtype=torch.float64)}
+        found |= {f"counts {step}": result.counts, f"own counts {step}": result.local_counts}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        found[name] = local(tensor.detach())
+        found[name] = own(tensor)
         if tensor.grad is not None:
-            found[f"{name}, gradient"] = local(tensor.grad)
-    return {name: tensor.clone() for name, tensor in found.items()}, heard
+            found[f"gradient of {name}"] = own(tensor.grad)
+    return found, heard.entered
 
 
-def local(tensor):
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def compare(rank: int, world: int, of_each: dict[str, TrainConfig]) -> dict[str, dict[str, list]]:
-    """What each mode makes travel; their numbers are the same bits."""
+def compare(rank: int, world: int, of_each: dict[str, TrainConfig]) -> dict[str, dict[str, list[tuple[str, int]]]]:
+    """What travels in each mode, of which the numbers are the same bits."""
     travels = {}
     for name, settings in of_each.items():
-        found, heard = zip(*(train(settings, mode) for mode in MODES), strict=True)
-        plain, *others = found
-        assert any(key.endswith("gradient") for key in plain)
-        for mode, other in zip(MODES[1:], others, strict=True):
+        plain, entered = train(settings, "none")
+        assert any(key.startswith("gradient of blocks") for key in plain), "compares gradients"
+        travels[name] = {"none": entered}
+        for mode in MODES[1:]:
+            other, travels[name][mode] = train(settings, mode)
             assert other.keys() == plain.keys()
             for key, tensor in plain.items():
                 assert other[key].equal(tensor), (name, mode, key)
-        travels[name] = {mode: each.entered for mode, each in zip(MODES, heard, strict=True)}
     return travels
+
+
+def test_no_bit_changes_on_one_rank():
+    of_each = {f"{case} {kind}": settings_of(case, ALONE, kind) for case in CASES for kind in PRECISIONS}
+    [travels] = run_ranks(1, compare, of_each)
+    assert travels.keys() == of_each.keys()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_no_bit_changes_and_only_full_sends_again(name):
+    layout = LAYOUTS[name]
+    of_each = {case: settings_of(case, layout, kind) for case, kind in zip(CASES, PRECISIONS, strict=True)}
+    for travels in run_ranks(layout.world(), compare, of_each, timeout=120):
+        for entered in travels.values():
+            assert entered["selective"] == entered["none"]
+            once, again = (Counter(key for key, _ in entered[mode]) for mode in ("none", "full"))
+            in_blocks = {key for key in once if key.split(".")[-1] in SENT_BY_EXPERTS or key in SENT_BY_TENSOR_RANKS}
+            assert {key for key in once | again if again[key] != once[key]} == in_blocks
+            for key in in_blocks:
+                # A split backward computes again for the gradients of inputs, and for those of weights.
+                most = 3 if layout.schedule in SPLIT else 2
+                # The last sum of a dense network is of no use to backward.
+                least = 1 if key == "tensor-scatter" else 2
+                assert least * once[key] <= again[key] <= most * once[key], key
+
+
+def test_ranks_without_tokens_send_again_with_the_others():
+    """Skewed to a few experts of one rank: the others compute nothing again."""
+    router = RouterConfig(kind="skewed", skew=30.0, top_k=1, balance_loss=0.0)
+    of_each = {
+        str(layout): replace(settings_of("dropless", layout, "fp32"), router=router)
+        for layout in (ParallelConfig(expert=4), ParallelConfig(shard=4, expert=2), LAYOUTS["zb-h1"])
+    }
+    run_ranks(4, compare, of_each)
+
+
+# Memory
+
+
+def kept_and_peak(rank: int, world: int, settings: TrainConfig) -> dict[str, tuple[int, int]]:
+    """Bytes kept for backward, and most of a forward and backward at once, in each mode; of 512 tokens."""
+    tokens_BS = torch.randint(61, (8, 64))
+    found = {}
+    for mode in MODES:
+        model = model_of(settings, mode, single())
+
+        def loss(model: Decoder = model) -> Tensor:
+            return model.loss_sum(model(tokens_BS).hidden_BSD, tokens_BS)
+
+        with saved_for_backward(model) as saved:
+            loss()
+        found[mode] = sum(saved.values()), peak_bytes(lambda loss=loss: loss().backward())
+    return found
+
+
+def test_memory_is_let_go_of():
+    settings = settings_of("dropless", ALONE, "fp32")
+    assert settings.model.moe is not None
+    for first_dense in (0, 3):
+        moe = replace(settings.model.moe, d_expert=64, first_dense=first_dense)
+        model = replace(settings.model, layers=4, moe=moe)
+        [found] = run_ranks(1, kept_and_peak, replace(settings, model=model))
+        (none, none_peak), (selective, selective_peak), (full, full_peak) = (found[mode] for mode in MODES)
+        # Of two choices of each token gate, up and silu(gate); in the shared and the dense network their product too.
+        widths = (4 - first_dense) * (2 * 3 * 64 + 4 * 64) + first_dense * 4 * model.dense_width
+        assert none - selective == pytest.approx(512 * widths * 4, rel=0.01)
+        assert full < 0.15 * selective < 0.15 * none
+        assert full_peak < 0.8 * selective_peak < 0.64 * none_peak
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluation_pays_nothing(mode, monkeypatch):
+    calls = []
+    monkeypatch.setattr(recompute, "checkpoint", lambda function, *args, **how: calls.append(how) or function(*args))
+    model = model_of(settings_of("dropless", ALONE, "fp32"), mode, single())
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.int64))
+    assert not calls
+    model(torch.zeros(1, 4, dtype=torch.int64))
+    # Two blocks; one dense network, experts and a shared one.
+    assert len(calls) == {"none": 0, "selective": 3, "full": 2}[mode]
+
+
+# Whole runs
+
+
+def test_a_run_recomputes_as_its_configuration_says(tmp_path):
+    text = tmp_path / "words.jsonl"
+    words = np.random.default_rng(0).choice(["the", "quick", "brown", "fox", "jumps", "over"], (3, 2000))
+    text.write_text("\n".join(json.dumps({"text": " ".join(line)}) for line in words), encoding="utf-8")
+    settings = json.loads(json.dumps(TINY))
+    settings["data"] |= {"corpus": str(text), "dir": str(tmp_path / "prepared")}
+    settings["train"] |= {"steps": 4, "eval_every": 0}
+    told = {}
+    for mode in ("none", "full"):
+        path = tmp_path / mode / "config.yaml"
+        path.parent.mkdir()
+        log = {**settings["log"], "dir": str(path.parent / "log")}
+        path.write_text(yaml.safe_dump({**settings, "recompute": {"mode": mode}, "log": log}), encoding="utf-8")
+        finish(start(path))
+        told[mode] = losses(path), json.loads((log_dir(path) / "ledger.json").read_text())
+    (curve, plain), (curve_again, again) = told.values()
+    assert len(curve) == 4
+    assert curve_again == curve
+    assert again["slots"] == plain["slots"]
+    calls = {name: found["calls"] for name, found in plain["collectives"].items()}
+    for name, found in again["collectives"].items():
+        assert found["calls"] == (2 if name in SENT_BY_EXPERTS else 1) * calls[name], name

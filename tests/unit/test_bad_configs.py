@@ -94,6 +94,8 @@ BAD_SETTINGS = [
     ("parallel.data=4 -s parallel.expert=2 -s train.nproc=2", "train.nproc", "use 4, or 0"),
     ("parallel.data=3 -s parallel.expert=2", "parallel.expert", "3 ranks of a stage"),
     ("parallel.tensor=0", "parallel.tensor", "use 1 or more"),
+    ("recompute.mode=ful", "recompute.mode", "nearest: full"),
+    ("recompute=selective", "recompute", "mode"),
     ("parallel.pipeline=5 -s train.batch=40 -s train.accumulate=5", "parallel.pipeline", "4 layers; use 4"),
     (f"{PIPELINE}=4 -s {SCHEDULE}=interleaved -s train.accumulate=4", "parallel.pipeline", "4 layers; use 2"),
     (f"{PIPELINE}=2 -s {SCHEDULE}=zb-h1 -s parallel.shard=2 {FILLED}", SCHEDULE, "use 1f1b"),

@@ -18,7 +18,7 @@ from wastenot.launch.settings import dump_config, load_config, packaged, parse_c
 from wastenot.launch.strict_yaml import parse_yaml, to_yaml
 from wastenot.launch.units import parse_size
 from wastenot.moe.config import EmulateConfig, ModelConfig, MoEConfig, RouterConfig
-from wastenot.parallel.config import ParallelConfig
+from wastenot.parallel.config import ParallelConfig, RecomputeConfig
 
 
 @pytest.mark.parametrize(
@@ -366,3 +366,14 @@ def test_the_vocabulary_holds_the_tokenizer() -> None:
     assert vocabulary_rule(config, 300) == []
     assert vocabulary_rule(TrainConfig(), 300) == []
     assert str(vocabulary_rule(config, 301)[0]).startswith("model.vocab_size: 300 is smaller than the 301 tokens")
+
+
+def test_a_configuration_from_before_recomputation_keeps_everything() -> None:
+    text = dump_config(TrainConfig())
+    assert "\nrecompute:\n  mode: none\n" in text
+    old = parse_yaml(text.replace("recompute:\n  mode: none\n", ""), "old")
+    assert "recompute" not in old
+    assert parse_config(old, "old") == TrainConfig()
+    for mode in ("none", "selective", "full"):
+        asked = TrainConfig(recompute=RecomputeConfig(mode=mode))
+        assert parse_config({"recompute": {"mode": mode}}, "new") == asked
