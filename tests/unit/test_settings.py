@@ -197,8 +197,8 @@ def test_null_makes_the_model_dense() -> None:
         ("warmup_step: 3", "warmup_step: unknown key; did you mean schedule.warmup_steps?"),
         (
             "1: 2",
-            "1: unknown key; known here: model, router, parallel, optimizer, schedule, data, train, checkpoint, "
-            "log, kernels",
+            "1: unknown key; known here: model, router, parallel, recompute, optimizer, schedule, data, train, "
+            "checkpoint, log, kernels",
         ),
         ("model: [1, 2]", None),
         ("[1, 2]", None),
