@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wastenot.launch.config import TrainConfig
 from wastenot.launch.optimizer import make_optimizer
-from wastenot.launch.precision import weight_dtype
+from wastenot.launch.precision import compute_dtype, weight_dtype
 from wastenot.launch.step import make_stepper
 from wastenot.launch.trainer import stages_of
 from wastenot.moe.config import RectifyConfig, RouterConfig
@@ -42,6 +42,7 @@ LAYOUTS = {
     "FSDP2": ParallelConfig(shard=2),
     "FSDP2 x EP2": ParallelConfig(shard=2, expert=2),
     "TP2 x EP2": ParallelConfig(tensor=2, expert=2),
+    "PP2 x FSDP2": ParallelConfig(pipeline=2, shard=2),
     **{name: ParallelConfig(pipeline=2, expert=2, schedule=name) for name in ("1f1b", "interleaved", *SPLIT)},
 }
 RECTIFIED = RouterConfig(
@@ -90,6 +91,7 @@ def model_of(settings: TrainConfig, mode: str, mesh: Mesh) -> Decoder:
         mesh,
         dtype=weight_dtype(settings.train.precision),
         stages=stages_of(settings, mesh),
+        compute_dtype=compute_dtype(settings.train.precision),
         recompute=RecomputeConfig(mode=mode),  # pyright: ignore[reportArgumentType]
     )
 
