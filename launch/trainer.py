@@ -196,7 +196,9 @@ class Trainer:
         self.watchdog.at(self.progress.step, "saving")
         state = training_state(self.model, self.optimizer, self.mesh, self.is_expert)
         meta = {"progress": asdict(self.progress), "config": as_mapping(self.config)}
-        self.checkpoints.save(self.progress.step, state, meta)
+        # Saving is not training: the ledger of a run that was cut elsewhere is the same.
+        with self.ledger.paused():
+            self.checkpoints.save(self.progress.step, state, meta)
         self.saved_at = self.progress.step
 
     def num_parameters(self) -> int:

@@ -99,10 +99,10 @@ class Watchdog:
             thread.join(1.0)
 
     def explain(self, error: BaseException) -> str:
-        """One line naming the ranks whose processes are gone, or the one that failed first; takes some seconds.
+        """One line: where this rank was, and the ranks whose processes are gone or the one that failed first.
 
-        Empty where this rank was the first itself: its own traceback says it all. Every rank that fails calls it
-        before it exits, so that the others learn of `error`.
+        Takes some seconds. Empty where this rank was the first itself: its own traceback says it all. Every rank that
+        fails calls it before it exits, so that the others learn of `error`.
         """
         if self._store is None:
             return ""
@@ -114,15 +114,14 @@ class Watchdog:
                 return self._board.await_message("verdict", 3 * self._beat_s + self.store_seconds)
             places, silent = self._board.survey(self._beat_s)
             verdict = f"rank {self._rank.rank} failed first: {self._ended}"
-            if silent and isinstance(error, RuntimeError):
-                # torch raises RuntimeErrors where a peer is gone; other errors are this rank's own.
+            if silent and _is_of_torch(error):
                 verdict = "; ".join(_gone(rank, places) for rank in sorted(silent))
             self._board.say("verdict", verdict)
             return verdict
 
         verdict = self._verdict or self._within(6 * self._beat_s + 2 * self.store_seconds, ask) or self._store_gone()
         self._let_others_read()
-        return "" if verdict.startswith(f"rank {self._rank.rank} failed first") else verdict
+        return "" if verdict.startswith(f"rank {self._rank.rank} failed first") else f"{self._whereabouts()}: {verdict}"
 
     # What the threads do.
 
@@ -169,6 +168,11 @@ class Watchdog:
     def _waiting(self) -> tuple[tuple[int, str], ...]:
         return tuple(self._open.copy().items()) or ((self._launched,) if self._launched else ())
 
+    def _whereabouts(self) -> str:
+        for number, name in self._waiting():
+            return f'rank {self._rank.rank} waited in collective "{name}" #{number} (step {self._step}, {self._phase})'
+        return f"rank {self._rank.rank} was at {self._place().describe()}"
+
     def _place(self) -> Place:
         self._beats += 1
         return Place(
@@ -206,6 +210,13 @@ class Watchdog:
         """Keeps the store alive a little, where it goes with this process."""
         if self._rank.rank == 0 and not self._rank.agent_store:
             time.sleep(2 * self._beat_s)
+
+
+def _is_of_torch(error: BaseException | None) -> bool:
+    """Whether it may come from a peer that is gone: torch raises RuntimeErrors there, and others may pass them on."""
+    while error is not None and not isinstance(error, RuntimeError):
+        error = error.__cause__
+    return error is not None
 
 
 def _gone(rank: int, places: Mapping[int, Place]) -> str:

@@ -46,6 +46,7 @@ from .chunks import (
     write_shard,
 )
 from .consult import consult
+from .events import Recorders
 from .manifest import FILE, Chunk, Manifest, TensorEntry, check_complete, json_copy, read_manifest, write_manifest
 from .mesh import Mesh
 
@@ -124,8 +125,8 @@ def load(path: Path | str, tensors: Mapping[str, Tensor], mesh: Mesh, *, prefix:
         read_shards(path, manifest, tensors)
         return dict(manifest.meta)
 
-    consult(mesh.world.group, examine, same)
-    return consult(mesh.world.group, read, lambda metas: metas)
+    consult(mesh.world.group, examine, same, mesh.recorder)
+    return consult(mesh.world.group, read, lambda metas: metas, mesh.recorder)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class Checkpointer:
         self._directory = Path(directory)
         self._keep = keep
         self._asynchronous = asynchronous
-        self._layout = mesh.layout
+        self._layout, self._recorder = mesh.layout, mesh.recorder
         self._group: dist.ProcessGroup | None = None
         if mesh.world.group is not None:
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
@@ -195,7 +196,7 @@ class Checkpointer:
             files = shard_files(len(plans))
             return [_Assignment(folder, file, plan) for file, plan in zip(files, plans, strict=True)]
 
-        mine = consult(self._group, writer.propose, assign)
+        mine = consult(self._group, writer.propose, assign, self._recorder)
         shard = self._directory / mine.folder / mine.file
         self._pending = self._thread.submit(self._write, step, shard, writer.stage(mine.plan), draft)
         if not self._asynchronous:
@@ -229,7 +230,7 @@ class Checkpointer:
         return 0 if self._group is None else dist.get_rank(self._group)
 
     def _on_root(self, decide: Callable[[], Any]) -> Any:
-        return consult(self._group, lambda: None, lambda answers: [decide()] * len(answers))
+        return consult(self._group, lambda: None, lambda answers: [decide()] * len(answers), self._recorder)
 
     def _clean(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -261,7 +262,8 @@ class Checkpointer:
             return [None] * len(written)
 
         try:
-            consult(self._group, lambda: write_shard(shard, copies), publish)
+            # Heard by nobody: recorders follow one thread, that of the training.
+            consult(self._group, lambda: write_shard(shard, copies), publish, Recorders())
         except Exception as error:
             if self._rank == 0:
                 shutil.rmtree(shard.parent, ignore_errors=True)

@@ -285,7 +285,7 @@ def _on_root(mesh: Mesh, work: Callable[[], object]) -> None:
         work()
         return answers
 
-    consult(mesh.world.group, lambda: None, alone)
+    consult(mesh.world.group, lambda: None, alone, mesh.recorder)
 
 
 def _begin(folder: Path, partial: Path) -> None:

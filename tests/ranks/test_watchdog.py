@@ -20,6 +20,7 @@ from spawned import run_ranks as spawn
 from wastenot.launch.env import Rank
 from wastenot.launch.local import run_ranks
 from wastenot.launch.watchdog import Watchdog
+from wastenot.parallel.consult import consult
 from wastenot.parallel.stopwatch import StreamWait
 
 TIMEOUT, BEAT = 1.0, 0.3
@@ -99,6 +100,18 @@ def test_a_stage_that_waits_for_another_tells_where_that_one_is(hang):
     assert re.search(r"at ranks/test_watchdog.py:\d+ read_from_a_slow_disk", said)
     assert "do not agree" not in said
     assert "waiting there: rank 0\n" in said
+
+
+def consult_over_a_slow_disk(rank: int, watchdog: Watchdog) -> None:
+    watchdog.at(0, "loading")
+    consult(dist.group.WORLD, read_from_a_slow_disk if rank == 1 else int, lambda answers: answers, watchdog)
+
+
+def test_a_rank_that_others_wait_for_with_a_checkpoint_is_named(hang):
+    said = hang(2, consult_over_a_slow_disk)
+    assert 'rank 0 has waited 1 s in collective "checkpoint" #2 (step 0, loading)' in said
+    assert 'rank 1 has not arrived: step 0, loading, last collective "gradients" #1' in said
+    assert re.search(r"at ranks/test_watchdog.py:\d+ read_from_a_slow_disk", said)
 
 
 def stop_rank_2(rank: int, watchdog: Watchdog) -> None:
@@ -184,10 +197,17 @@ watchdog.at(11, "training")
 try:
     if me.rank == int(sys.argv[2]):
         time.sleep(0.3)
-        if sys.argv[1] == "killed":
+        if sys.argv[1].startswith("killed"):
             os.kill(os.getpid(), signal.SIGKILL)
         raise KeyError("cause")
-    dist.all_reduce(torch.ones(1))
+    watchdog.collective_entered("dispatch", 4)
+    try:
+        dist.all_reduce(torch.ones(1))
+    except RuntimeError as error:
+        if sys.argv[1] == "killed while saving":
+            watchdog.collective_left("dispatch", 0.0)
+            raise OSError("not written") from error
+        raise
 except Exception as error:
     explanation = watchdog.explain(error)
     print(f"rank {me.rank} explains: {explanation or 'nothing'}", file=sys.stderr, flush=True)
@@ -201,7 +221,7 @@ def fail(tmp_path, monkeypatch, capfd):
 
     def run(way: str, victim: int) -> str:
         (tmp_path / "failing_program.py").write_text(PROGRAM)
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         assert run_ranks([way, str(victim)], 2, module="failing_program") == 1
         return capfd.readouterr().err
 
@@ -211,19 +231,27 @@ def fail(tmp_path, monkeypatch, capfd):
 def test_a_rank_that_is_killed_is_named_by_the_other(fail):
     said = fail("killed", 1)
     assert "rank 1 of 2 was killed by SIGKILL" in said
-    assert "rank 0 explains: rank 1 is dead or stopped: no heartbeat since step 11, training" in said
+    where = 'rank 0 waited in collective "dispatch" #1 (step 11, training)'
+    assert f"rank 0 explains: {where}: rank 1 is dead or stopped: no heartbeat since step 11, training" in said
+
+
+def test_a_rank_that_is_killed_is_named_where_another_error_comes_of_it(fail):
+    where = 'rank 0 was at step 11, training, last collective "dispatch" #1'
+    assert f"rank 0 explains: {where}: rank 1 is dead or stopped" in fail("killed while saving", 1)
 
 
 def test_a_rank_0_that_is_killed_is_named_by_the_other(fail):
     said = fail("killed", 0)
     assert "rank 0 of 2 was killed by SIGKILL" in said
-    assert "rank 1 explains: the store in rank 0's process does not answer: rank 0, or its host, is dead" in said
+    where = 'rank 1 waited in collective "dispatch" #1 (step 11, training)'
+    assert f"rank 1 explains: {where}: the store in rank 0's process does not answer: rank 0, or its host, is" in said
 
 
 def test_the_rank_that_failed_first_is_named_with_its_error(fail):
     said = fail("raises", 0)
     assert "rank 0 explains: nothing" in said
-    assert "rank 1 explains: rank 0 failed first: KeyError: 'cause'" in said
+    where = 'rank 1 waited in collective "dispatch" #1 (step 11, training)'
+    assert f"rank 1 explains: {where}: rank 0 failed first: KeyError: 'cause'" in said
 
 
 def test_a_world_of_one_watches_nothing_and_hearing_of_a_collective_costs_microseconds():
