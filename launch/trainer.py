@@ -81,7 +81,6 @@ class Trainer:
         first = mesh.pipeline.rank * mesh.stage.size
         self.watchdog.stage = range(first, first + mesh.stage.size)
         self.tokenizer = load_tokenizer(data)
-        self.stop = StopRequest()
         if config.train.deterministic:
             # The switch of `use_deterministic_algorithms`, without its import of the compiler (1.5 s a rank).
             torch.set_deterministic_debug_mode("warn" if mesh.device.type == "cuda" else "error")
@@ -119,6 +118,8 @@ class Trainer:
     def run(self) -> Summary | None:
         """Trains to the last step; None where SIGTERM ended the run early (a checkpoint is saved)."""
         config, progress = self.config, self.progress
+        # Not before: until here there is nothing to save, and what waits in torch for a dead rank would never hear it.
+        stop = StopRequest()
         speaks = self.mesh.world.rank == 0
         if speaks:
             self.folder.prepare(config, self.tokenizer_files())
@@ -134,7 +135,7 @@ class Trainer:
         with self.console.following("train", config.train.steps, progress.step) as line, self._profiling() as tick:
             while progress.step < config.train.steps:
                 self.watchdog.at(progress.step, "training")
-                result = self.stepper.step(progress.step, progress.samples, self.stop.requested)
+                result = self.stepper.step(progress.step, progress.samples, stop.requested)
                 progress.step += 1
                 progress.samples += config.train.batch
                 in_a_row = 0 if result.applied else in_a_row + 1
