@@ -5,106 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
+from runs import TRAIN, assert_same_account, finish, last_step, launch, log_dir, losses, ranks, start, summary
 
 from wastenot.launch.metrics import read_metrics
 from wastenot.moe.ledger import SLOTS
 
-FULL = os.environ.get("WASTENOT_GRID") == "full"
-KILLS = 30 if FULL else 10
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "wizards", "brew", "tea"]
-
 EXCHANGES = ("dispatch", "combine", "dispatch-gradient", "combine-gradient")
-TINY = {
-    "model": {"d_model": 32, "layers": 2, "heads": 2, "moe": {"experts": 4, "d_expert": 32}},
-    "router": {"top_k": 2, "capacity_factor": 1.0, "jitter": 0.05, "rectify": {"intra": True, "fill": True}},
-    "parallel": {"expert": 2, "piece_bytes": 0},
-    "optimizer": {"lr": 1e-2},
-    "schedule": {"warmup_steps": 5},
-    "data": {"tokenizer": "bytes", "seq_len": 32},
-    "train": {"steps": 60, "batch": 8, "sample_tokens": 8, "eval_every": 11},
-    "checkpoint": {"every": 4, "keep": 2},
-    "log": {"every": 1, "tensorboard": False},
-}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    draw = random.Random(0)
-    documents = [{"text": " ".join(draw.choice(WORDS) for _ in range(3000))} for _ in range(3)]
-    path = tmp_path_factory.mktemp("corpus") / "words.jsonl"
-    path.write_text("\n".join(map(json.dumps, documents)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def made(corpus, tmp_path_factory):
-    """Writes a configuration into a fresh run folder: made(**changes) -> path of the YAML file."""
-
-    def write(**changes: Mapping[str, object]) -> Path:
-        folder = tmp_path_factory.mktemp("run")
-        settings = json.loads(json.dumps(TINY))
-        settings["data"] |= {"corpus": str(corpus), "dir": str(corpus.parent / "prepared")}
-        settings["log"]["dir"] = str(folder / "log")
-        for key, values in changes.items():
-            settings[key] = {**settings.get(key, {}), **values}
-        path = folder / "config.yaml"
-        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        return path
-
-    return write
-
-
-def start(config: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "wastenot.tools.cli", "train", str(config), *arguments]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
-
-
-def finish(process: subprocess.Popen, expected: int = 0) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == expected, output
-    return output
-
-
-def log_dir(config: Path) -> Path:
-    return config.parent / "log"
-
-
-def losses(config: Path) -> dict[int, tuple[float, float]]:
-    lines = read_metrics(log_dir(config))
-    return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if "loss" in line}
-
-
-def summary(config: Path) -> dict:
-    return json.loads((log_dir(config) / "summary.json").read_text())
-
-
-def account(config: Path) -> dict:
-    """The run's ledger without seconds, which differ from one run to the next."""
-    found = json.loads((log_dir(config) / "ledger.json").read_text())
-    for collective in found["collectives"].values():
-        del collective["waited_seconds"]
-    del found["training_seconds"]
-    return {name: value for name, value in found.items() if not name.startswith("waited_seconds")}
-
-
-def assert_same_account(config: Path, other: Path) -> None:
-    """Every total is equal; shares nearly so, since lines that cut the run elsewhere round elsewhere."""
-    expected = account(other)
-    expected["expert_load"] = [pytest.approx(layer, rel=1e-12) for layer in expected["expert_load"]]
-    expected["load"] = pytest.approx(expected["load"], rel=1e-12)
-    assert account(config) == expected
 
 
 @pytest.fixture(scope="module")
@@ -165,39 +80,6 @@ def kill(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def last_step(config: Path) -> int:
-    return max(losses(config), default=0)
-
-
-def test_killed_runs_resume_bit_for_bit(made, uninterrupted):
-    config = made()
-    draw = random.Random(1)
-    partial_writes = 0
-    for i in range(KILLS):
-        process = start(config)
-        in_write = i % 3 == 0
-        target = last_step(config) + draw.randint(1, 5)
-        while process.poll() is None:
-            writing = any((log_dir(config) / "checkpoints").glob(".partial*"))
-            if writing if in_write else last_step(config) >= target:
-                break
-            time.sleep(0.001)
-        partial_writes += in_write and process.poll() is None
-        time.sleep(draw.random() * 0.01)
-        kill(process)
-    finish(start(config))
-    assert partial_writes > 0, "no kill hit a checkpoint that was being written"
-    assert losses(config) == losses(uninterrupted)
-    assert_same_account(config, uninterrupted)
-    assert summary(config)["val_loss"] == summary(uninterrupted)["val_loss"]
-    assert not list((log_dir(config) / "checkpoints").glob(".partial*")), "leftovers of killed runs"
-
-
-def children(process: int) -> list[int]:
-    """Processes that it started, the oldest first."""
-    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-
-
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Callable[[Path, int], None]]:
     """`disk(folder, size)` makes `folder` a disk of so many bytes, or gives the one that is there that size."""
@@ -243,7 +125,8 @@ def test_a_slow_rank_is_named(made):
     process = start(config)
     while last_step(config) < 80 and process.poll() is None:
         # The second rank gets a sixth of its time.
-        for slow in children(process.pid)[1:]:
+        slow = ranks(process).get(1)
+        if slow is not None:
             os.kill(slow, signal.SIGSTOP)
             time.sleep(0.1)
             os.kill(slow, signal.SIGCONT)
@@ -267,6 +150,19 @@ def test_terminated_run_saves_and_goes_on_bit_for_bit(made, uninterrupted):
     here, there = losses(config), losses(uninterrupted)
     assert here == {step: there[step] for step in here}
     assert_same_account(config, uninterrupted)
+
+
+TERMINATED_WHILE_STARTING = """
+import os, signal, sys
+from wastenot.launch import train, trainer
+
+trainer.Checkpointer = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(train.main([sys.argv[1], "-s", "parallel.expert=1"]))
+"""
+
+
+def test_a_run_that_is_terminated_before_its_first_step_ends_at_once(made):
+    finish(launch(sys.executable, "-c", TERMINATED_WHILE_STARTING, made()), expected=-signal.SIGTERM)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +220,7 @@ def test_diverging_run_stops_with_a_reason_and_keeps_its_checkpoint(made):
 def test_json_prints_one_object(made):
     config = made(train={"steps": 2}, schedule={"warmup_steps": 1})
     process = subprocess.run(
-        [sys.executable, "-m", "wastenot.tools.cli", "train", str(config), "--json"],
+        [*TRAIN, str(config), "--json"],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
