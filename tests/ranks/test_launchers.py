@@ -10,7 +10,6 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from two_hosts import ADDRESS, on_host, run_all
 
 from wastenot.launch.config import DataConfig
 from wastenot.launch.corpus import prepare_files
@@ -75,14 +74,4 @@ def test_mpirun(config, local, tmp_path):
         *(TOOLS / "mpirun", "-n", 2, "--oversubscribe", "--allow-run-as-root"),
         *(sys.executable, "-m", "wastenot.launch.train", config, "-s", f"log.dir={tmp_path}"),
     )
-    assert losses(tmp_path) == local
-
-
-def test_two_hosts_under_torchrun(config, local, hosts, tmp_path):
-    torchrun = (
-        f"OMP_NUM_THREADS=1 {sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1 "
-        f"--master-addr {ADDRESS.format(1)} --master-port 29610 --node-rank"
-    )
-    train = f"-m wastenot.launch.train {config} -s log.dir={tmp_path}"
-    run_all([on_host(hosts, node + 1, f"{torchrun} {node} {train}") for node in (0, 1)])
     assert losses(tmp_path) == local

@@ -1,4 +1,4 @@
-"""Ranks of two hosts, each a network namespace with its own name, find each other and the right interface.
+"""Ranks of two hosts, each a network namespace with its own name, find each other and the right interface, and train.
 
 Both hosts also carry the same address on a `docker0`, as container hosts do: it answers, and leads nowhere. The
 hosts' names resolve to nothing, so what gloo picks by itself (loopback) would fail.
@@ -6,13 +6,18 @@ hosts' names resolve to nothing, so what gloo picks by itself (loopback) would f
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+from runs import finish, losses, start
 from two_hosts import ADDRESS, on_host, run_all
 
+LAYOUTS = [{"expert": 2, "tensor": 2, "data": 2}, {"expert": 1, "pipeline": 2, "data": 2}]
+if os.environ.get("WASTENOT_GRID") == "full":
+    LAYOUTS += [{"expert": 2, "data": 4}, {"expert": 4}, {"expert": 2, "shard": 2, "data": 2}]
 TOOLS = Path(sysconfig.get_path("scripts"))
 RANK = """
 import os, torch, torch.distributed as dist
@@ -64,3 +69,17 @@ def test_mpirun_on_two_hosts_finds_the_network_they_share(hosts, program, tmp_pa
         f"{sys.executable} {program}"
     )
     assert run_all([on_host(hosts, 1, mpirun)]) == ["openmpi 0/2 0/1 3.0 net", "openmpi 1/2 0/1 3.0 net"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_training_on_two_hosts_has_the_bits_of_one(hosts, made, layout):
+    train = {"steps": 5, "batch": 8, "accumulate": 2, "eval_every": 0, "sample_tokens": 0}
+    here, there = (made(parallel=layout, train=train) for _ in range(2))
+    finish(start(here))
+    torchrun = (
+        f"OMP_NUM_THREADS=1 {sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 2 "
+        f"--master-addr {ADDRESS.format(1)} --master-port {29610 + LAYOUTS.index(layout)} --node-rank"
+    )
+    run_all([on_host(hosts, node + 1, f"{torchrun} {node} -m wastenot.launch.train {there}") for node in (0, 1)])
+    assert losses(there) == losses(here)
+    assert list(losses(here)) == [1, 2, 3, 4, 5]

@@ -21,7 +21,7 @@ def run_all(commands: list[list[str]]) -> list[str]:
     pipe = subprocess.PIPE
     processes = [subprocess.Popen(command, env=variables, stdout=pipe, stderr=pipe, text=True) for command in commands]
     try:
-        results = [process.communicate(timeout=90) for process in processes]
+        results = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
