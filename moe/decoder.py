@@ -158,7 +158,7 @@ class Decoder(nn.Module):
         for stage in self.stages.own:
             if stage > 0:
                 x_BSD = self.relay.receive(stage, (B, own, self.config.d_model), next(self.parameters()).dtype)
-            x_BSD, more = self.run(stage, x_BSD, cache)
+            x_BSD, more = self._run(stage, x_BSD, cache)
             routings += more
             if stage < self.stages.last:
                 self.relay.send(stage, x_BSD)
@@ -166,11 +166,16 @@ class Decoder(nn.Module):
             cache.filled += S
         return DecoderOutput(x_BSD, routings)
 
-    def run(self, stage: int, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor, list[Routing]]:
-        """What `stage` makes of tokens [B, S], if it is the first, or else of hidden states [B, S, D].
+    def run(self, stage: int, x: Tensor) -> tuple[Tensor, list[Routing]]:
+        """What `stage` makes of tokens [B, S], if it is the first, or else of hidden states [B, S, D], of which tensor
+        ranks have their part of S each.
 
-        Of hidden states tensor ranks have their part of S each, but with a cache.
+        Beside `forward` the only way in: where storage is shared, weights are gathered around both (shard.py).
         """
+        return self._run(stage, x)
+
+    def _run(self, stage: int, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor, list[Routing]]:
+        """See `run`. With a cache tensor ranks have all of S."""
         ranks = self.mesh.tensor.size
         # With a cache tokens come one at a time, which nobody can share.
         stream, shares = (self.whole_stream, 1) if cache is not None else (self.cut_stream, ranks)

@@ -308,7 +308,12 @@ def whole_bytes(stepper: Stepper) -> int:
 def test_evaluation_and_generation_are_those_of_one_process_and_leave_nothing_behind():
     settings = replace(settings_for("capacity"), model=settings_for("dropless with bias").model)
     _, seen = interrupted(0, 1, settings, ALONE, True)
-    for layout in (LAYOUTS[0], LAYOUTS[3]):
+    untied = replace(settings, model=replace(settings.model, tie_embeddings=False))
+    assert settings.model.tie_embeddings, "one weight for both ends, where one rank has both"
+    for layout in (LAYOUTS[0], LAYOUTS[3], PIPELINES[0]):
+        if layout.pipeline > 1:
+            settings = replace(untied, parallel=layout)
+            _, seen = interrupted(0, 1, untied, ALONE, True)
         for (curve, seen_here), (plain, _) in zip(
             run_ranks(layout.world(), interrupted, settings, layout, True),
             run_ranks(layout.world(), interrupted, settings, layout, False),
