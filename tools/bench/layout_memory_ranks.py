@@ -1,0 +1,102 @@
+"""What each rank does in the `layout-memory` benchmark: a few steps of training, and bytes counted by storage.
+
+`python -m wastenot.tools.bench.layout_memory_ranks CONFIG FOLDER` is one rank, as `layout_memory.measure` starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ...launch.config import TrainConfig
+from ...launch.env import detect, start, stop
+from ...launch.memory import keep_freed_memory
+from ...launch.optimizer import make_optimizer
+from ...launch.optimizer_state import state_bytes
+from ...launch.step import Stepper, make_stepper
+from ...launch.trainer import stages_of
+from ...moe.decoder import build_decoder
+from ...parallel.gradients import Gradients
+from ...parallel.mesh import Mesh, make_mesh
+from ...parallel.tensor import local
+from .memory import peak_bytes
+from .rectify_account import peak_resident_bytes
+
+WARM_UP = 2
+"""Steps before the one that is counted: the first makes the optimizer's state."""
+
+
+class RandomTokens:
+    """Samples of evenly drawn tokens, by which a fresh router's load is even: what it is in text no planner knows."""
+
+    def __init__(self, vocab: int, seq_len: int) -> None:
+        self.vocab, self.seq_len = vocab, seq_len
+
+    def take(self, first: int, count: int) -> np.ndarray:
+        """As `launch.data.Samples.take`."""
+        windows = (np.random.default_rng(first + i).integers(self.vocab, size=self.seq_len + 1) for i in range(count))
+        return np.stack(list(windows))
+
+
+def bytes_of(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
+    """Of this rank: weights, gradients and optimizer state after a step, and the most that the next has beside them."""
+    model = build_decoder(config.model, config.router, mesh, seed=config.train.seed, stages=stages_of(config, mesh))
+    optimizer = make_optimizer(model, config.optimizer)
+    gradients = Gradients(model, mesh, config.parallel.bucket_bytes)
+    samples: Any = RandomTokens(config.model.vocab_size, config.data.seq_len)
+    stepper = make_stepper(config, mesh, model, optimizer, gradients, samples)
+    for step in range(WARM_UP):
+        _step(stepper, step)
+    tensors = [*model.parameters(), *model.buffers()]
+    return {
+        "weights": storage_bytes(tensors),
+        "gradients": storage_bytes(p.grad for p in model.parameters() if p.grad is not None),
+        "optimizer": state_bytes(optimizer),
+        "step": peak_bytes(lambda: _step(stepper, WARM_UP)),
+        "resident": peak_resident_bytes(),
+    }
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the storages behind this rank's parts of `tensors`, each once."""
+    parts = [local(tensor.detach()) for tensor in tensors]
+    return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}.values())
+
+
+def _step(stepper: Stepper, step: int) -> None:
+    result = stepper.step(step, step * stepper.config.train.batch, stop=False)
+    if not result.applied:
+        raise RuntimeError(f"step {step + 1} was not finite")
+
+
+def main(argv: Sequence[str]) -> None:
+    """One rank from start to end; writes what it found to FOLDER."""
+    config: TrainConfig = pickle.loads(Path(argv[0]).read_bytes())
+    keep_freed_memory()
+    # Adapprox is kept at its largest rank here, and would say so.
+    warnings.filterwarnings("ignore", message=".*factors of the largest rank", category=UserWarning)
+    device, rank = torch.device("cpu"), detect(os.environ)
+    start(rank, config.parallel, device)
+    torch.set_num_threads(1)
+    mesh = make_mesh(config.parallel, device)
+    found = {"rank": rank.rank, "pipeline": mesh.pipeline.rank, **bytes_of(config, mesh)}
+    (Path(argv[1]) / f"{rank.rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    if dist.is_initialized():
+        # Nobody closes a connection that another rank still reads from.
+        dist.barrier()
+    stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
