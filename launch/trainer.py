@@ -12,7 +12,6 @@ import torch
 
 from ..kernels.backend import implementation
 from ..moe.accounts import merge
-from ..moe.config_size import count_layer
 from ..moe.decoder import Decoder, build_decoder
 from ..moe.generate import generate
 from ..moe.ledger import SLOTS, Ledger
@@ -41,6 +40,7 @@ from .run_folder import RunFolder
 from .settings import as_mapping
 from .shards import TokenShards, read_meta
 from .signals import StopRequest
+from .stage_sizes import layer_sizes
 from .step import StepResult, make_stepper
 from .straggler import straggler
 from .summary import Summary, finish
@@ -345,12 +345,8 @@ class Trainer:
 
 def stages_of(config: TrainConfig, mesh: Mesh) -> Stages:
     """Which layers this rank holds of the model of `config`, whose vocabulary is known."""
-    model = config.model
-    costs = [count_layer(model, config.router, layer)["total"] for layer in range(model.layers)]
-    matrix = model.vocab_size * model.d_model
-    costs[0] += matrix
-    costs[-1] += 0 if model.tie_embeddings else matrix
-    return lay_out(config.parallel, costs, mesh.pipeline.rank)
+    sizes = layer_sizes(config.model, config.router, config.model.vocab_size)
+    return lay_out(config.parallel, sizes, mesh.pipeline.rank)
 
 
 def complete(config: TrainConfig, mesh: Mesh, vocab_size: int) -> TrainConfig:

@@ -54,7 +54,7 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     """The work, and what plans and steps depend on beside it."""
     add_work_arguments(parser)
     parser.add_argument("--budget", metavar="SIZE", help="memory of a device, as in 60GiB; default: all of it")
-    parser.add_argument("--schedule", metavar="NAME", help=f"{', '.join(SCHEDULES)}; default: 1f1b")
+    parser.add_argument("--schedule", metavar="NAME", help=f"{', '.join(SCHEDULES)}; default: the run's, or 1f1b")
     parser.add_argument("--solver", metavar="NAME", help=f"{', '.join(SOLVERS)}; default: heu-mix")
     parser.add_argument("--replay", action="store_true", help="collectives may be replayed in recomputation")
     parser.add_argument(
@@ -93,7 +93,7 @@ def question_of(args: argparse.Namespace) -> Question:
 
 def _question(args: argparse.Namespace) -> Question:
     given = read_model(args.config)
-    schedule, solver = args.schedule or "1f1b", args.solver or "heu-mix"
+    schedule, solver = args.schedule or given.schedule, args.solver or "heu-mix"
     for what, value, known in (("schedule", schedule, SCHEDULES), ("solver", solver, SOLVERS)):
         if value not in known:
             raise ValueError(f"--{what}: {value!r} is not known; {suggestion(value, known)}")
@@ -121,7 +121,8 @@ def _question(args: argparse.Namespace) -> Question:
     layout = _layout(args, question)
     if args.global_batch is not None:
         layout = with_global_batch(layout, args.global_batch)
-    question = replace(question, layout=layout)
+    is_runs = given.cut is not None and len(given.cut) == layout.pipeline * layout.chunks
+    question = replace(question, layout=layout, cut=given.cut if is_runs else None)
     return balanced(question) if args.balance else question
 
 
@@ -150,6 +151,11 @@ def _layout(args: argparse.Namespace, question: Question) -> Layout:
             asked.setdefault("micro_batches", 8 if pipeline == 1 else 4 * pipeline)
             asked.setdefault("zero", 1 if asked["data"] > 1 else 0)
         layout = own
+    zero, data = asked.get("zero", layout.zero), asked.get("data", layout.data)
+    if layout.shard and (zero != 3 or data % layout.shard):
+        asked["shard"] = 0
+    if layout.chunks > 1 and (asked.get("pipeline", layout.pipeline) == 1 or question.schedule not in USUAL_CHUNKS):
+        asked.setdefault("chunks", 1)
     if asked.get("tensor", 1) > 1:
         asked["sequence_parallel"] = True
     if asked.get("pipeline", layout.pipeline) > 1 and question.schedule in USUAL_CHUNKS:

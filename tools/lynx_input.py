@@ -10,6 +10,7 @@ from pathlib import Path
 from ..launch.config import TrainConfig
 from ..launch.rules import tokenizer_size
 from ..launch.settings import parse_config
+from ..launch.stage_sizes import layer_sizes
 from ..launch.strict_yaml import parse_yaml
 from ..parallel.lynx.huggingface import from_huggingface
 from ..parallel.lynx.layout import Layout, check
@@ -17,9 +18,11 @@ from ..parallel.lynx.nearest import nearest_divisor, suggestion
 from ..parallel.lynx.optimizer_state import Optimizer
 from ..parallel.lynx.routing_skew import UNIFORM, Skew
 from ..parallel.lynx.shape import Experts, ModelShape
+from ..parallel.stages import lay_out
 
-_LOSS_CHUNK_BYTES = 4 * 2**20
-"""Of logits at a time: `CHUNK_BYTES` of `kernels/cross_entropy`, which needs torch."""
+_LOSS_CHUNK_BYTES, _TENSOR_LOSS_CHUNK_BYTES = 4 * 2**20, 32 * 2**20
+"""Of logits at a time on a rank: `CHUNK_BYTES` of `kernels/cross_entropy` and, where tensor ranks share the vocabulary,
+of `parallel/vocabulary.py`, which need torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,9 @@ class PlannerInput:
     skew: Skew = UNIFORM
     config: TrainConfig | None = None
     """The run's own; None where it is no wastenot run."""
+    schedule: str = "1f1b"
+    cut: tuple[int, ...] | None = None
+    """Layers of each stage; None: as equal as they can be."""
 
 
 def read_model(name: str) -> PlannerInput:
@@ -79,7 +85,15 @@ def from_config(config: TrainConfig, name: str = "model", ranks: int | None = No
         optimizer=Optimizer(name=optimizer.name, master=False, momentum=momentum, rank=rank),
         skew=_skew(config),
         config=config,
+        schedule=config.parallel.schedule,
+        cut=cut_of(config) if config.parallel.pipeline > 1 else None,
     )
+
+
+def cut_of(config: TrainConfig) -> tuple[int, ...]:
+    """Layers of each of the run's stages. Raises ValueError where there are more stages than layers."""
+    sizes = layer_sizes(config.model, config.router, _vocabulary(config))
+    return tuple(len(layers) for layers in lay_out(config.parallel, sizes, 0).layers)
 
 
 def shape_of(config: TrainConfig, name: str = "model") -> ModelShape:
@@ -131,7 +145,9 @@ def layout_of(config: TrainConfig, ranks: int | None = None) -> Layout:
         pipeline=parallel.pipeline,
         data=readers,
         sequence_parallel=parallel.tensor > 1,
+        chunks=parallel.num_chunks,
         zero=3 if parallel.shard > 1 else 0,
+        shard=parallel.shard if parallel.shard > 1 else 0,
         seq_len=config.data.seq_len,
         micro_batch=train.batch // portions,
         micro_batches=train.accumulate,
@@ -140,8 +156,16 @@ def layout_of(config: TrainConfig, ranks: int | None = None) -> Layout:
         weights="fp32",
         capacity_factor=config.router.capacity_factor,
         padded=config.model.moe is not None and config.model.moe.dispatch == "padded",
-        loss_chunk=max(1, _LOSS_CHUNK_BYTES // (4 * _vocabulary(config))),
+        loss_chunk=_loss_chunk(_vocabulary(config), parallel.tensor),
+        eager=True,
     )
+
+
+def _loss_chunk(vocabulary: int, tensor: int) -> int:
+    """Tokens whose logits exist at a time: tensor ranks take equally many of each rank's."""
+    if tensor == 1:
+        return max(1, _LOSS_CHUNK_BYTES // (4 * vocabulary))
+    return tensor * max(1, _TENSOR_LOSS_CHUNK_BYTES // (4 * tensor * -(-vocabulary // tensor)))
 
 
 def _vocabulary(config: TrainConfig) -> int:

@@ -25,7 +25,7 @@ def dense_steps(at: Place) -> Iterator[Step | Exchange]:
     yield at.linear(
         "up", enter.name, at.T, shape.d_model, hidden * (2 if shape.gated else 1), reads="norm 2", again=again
     )
-    yield _activation(at, "activation", "up", at.T, hidden)
+    yield _activation(at, "activation", "up", at.T, hidden, plain=layout.eager)
     yield at.linear("down", "activation", at.T, hidden, shape.d_model)
     leave = at.leave("feed-forward", "down")
     yield leave
@@ -39,7 +39,8 @@ def moe_steps(at: Place, load: Load) -> Iterator[Step | Exchange]:
     """From `residual 1` to `residual 2`, on the rank that receives most rows.
 
     The gradient of the routing weights is formed on the expert's rank, from what the activation gave and its gradient;
-    what combine brings back is read by no backward (METHODS L2).
+    what combine brings back is read by no backward (METHODS L2). An eager layer forms it where the tokens are, from
+    what combine brought.
     """
     shape, experts = at.shape, at.shape.experts
     assert experts is not None, "a layer of kind moe has experts"
@@ -73,12 +74,13 @@ def moe_steps(at: Place, load: Load) -> Iterator[Step | Exchange]:
         backward=at.time.memory(tokens + rows),
     )
     yield from _routed(at, experts, load)
+    outputs = "combine" if at.layout.expert > 1 else "expert down"
     yield Step(
         name="weighted sum",
         seconds=at.time.memory(tokens + rows),
         bytes=tokens,
         inputs=("combine", "routing"),
-        reads=("routing",),
+        reads=("routing", outputs) if at.layout.eager else ("routing",),
         backward=at.time.memory(tokens + rows),
     )
     branch = "weighted sum"
@@ -92,14 +94,14 @@ def moe_steps(at: Place, load: Load) -> Iterator[Step | Exchange]:
     yield at.residual("residual 2", "residual 1", branch, "")
 
 
-def _activation(at: Place, name: str, source: str, rows: int, hidden: int) -> Step:
-    """SiLU of one half times the other, or GELU."""
+def _activation(at: Place, name: str, source: str, rows: int, hidden: int, *, plain: bool = False) -> Step:
+    """SiLU of one half times the other, or GELU; `plain` SiLU is an output too."""
     output = rows * hidden * at.width
     read = output * (2 if at.shape.gated else 1)
     return Step(
         name=name,
         seconds=at.time.memory(read + output),
-        bytes=output,
+        bytes=output * (2 if plain and at.shape.gated else 1),
         inputs=(source,),
         reads=(source,),
         backward=at.time.memory(2 * read + output),
@@ -139,6 +141,7 @@ def _routed(at: Place, experts: Experts, load: Load) -> Iterator[Step | Exchange
         backward=up,
         weights=up,
         flops=2 * rows * 2 * F * D,
+        gradient_bytes=at.formed(own * 2 * F * D),
     )
     yield _activation(at, "expert activation", "expert up", rows, F)
     down = at.time.grouped(rows, D, F, own, width)
@@ -151,6 +154,7 @@ def _routed(at: Place, experts: Experts, load: Load) -> Iterator[Step | Exchange
         backward=down,
         weights=down,
         flops=2 * rows * F * D,
+        gradient_bytes=at.formed(own * F * D),
     )
     source = "expert down"
     if sorting:
@@ -182,5 +186,5 @@ def _shared(at: Place, experts: Experts) -> Iterator[Step | Exchange]:
     enter, again = at.enter("shared", "norm 2")
     yield enter
     yield at.linear("shared up", enter.name, at.T, D, 2 * hidden, reads="norm 2", again=again)
-    yield _activation(at, "shared activation", "shared up", at.T, hidden)
+    yield _activation(at, "shared activation", "shared up", at.T, hidden, plain=at.layout.eager)
     yield at.linear("shared down", "shared activation", at.T, hidden, D)

@@ -54,6 +54,8 @@ class Layout:
     """What gradients are summed in."""
     zero: Literal[0, 1, 3] = 0
     """What data parallelism cuts: nothing, the optimizer's state (ZeRO-1), or weights and gradients too (FSDP)."""
+    shard: int = 0
+    """Of `data`, the neighbouring ranks that ZeRO-3 cuts over, repeated on the others (HSDP); 0: all of them."""
     flash: bool = True
     """Attention that keeps its output and log-sum-exp; otherwise softmax and what dropout makes of it are kept."""
     capacity_factor: float | None = None
@@ -64,7 +66,11 @@ class Layout:
     """A token goes to another node once, however many of its experts are there, and is copied there (DeepEP); its
     outputs come back likewise. Otherwise every route is a row of its own, as with plain all-to-alls."""
     loss_chunk: int = 0
-    """Tokens whose logits exist at a time; 0: all of the micro-batch."""
+    """Tokens whose logits exist at a time, with gradients formed beside them; 0: all are kept for the backward."""
+    eager: bool = False
+    """Plain autograd, as wastenot trains: dense SwiGLU keeps what SiLU gave and MoE what experts gave, gradients of
+    weights are formed before they are added, weights that are cast stay so until the backward, and with ZeRO-3
+    gradients are whole while micro-batches accumulate. Otherwise kernels are fused, as Megatron-Core's are."""
 
     def __post_init__(self) -> None:
         for name in ("tensor", "expert", "pipeline", "data", "chunks", "seq_len", "micro_batch", "micro_batches"):
@@ -82,6 +88,11 @@ class Layout:
             raise ValueError(
                 f"layout.expert: {self.expert} does not divide the {ranks} ranks of a stage (tensor {self.tensor} x "
                 f"data {self.data}); use {nearest_divisor(ranks, self.expert)}"
+            )
+        if self.shard and (self.zero != 3 or self.shard < 0 or self.data % self.shard):
+            fix = nearest_divisor(self.data, max(1, self.shard)) if self.zero == 3 else 0
+            raise ValueError(
+                f"layout.shard: {self.shard} does not divide data: {self.data} with zero: {self.zero}; use {fix}"
             )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("layout.sequence_parallel: true has no effect with tensor: 1; use false, or tensor: 2")
@@ -112,6 +123,16 @@ class Layout:
     def expert_data(self) -> int:
         """Copies of every expert."""
         return self.tensor * self.data // self.expert
+
+    @property
+    def dense_cut(self) -> int:
+        """Ranks that share the storage of dense weights with ZeRO-3."""
+        return self.shard or self.data
+
+    @property
+    def expert_cut(self) -> int:
+        """Ranks that share the storage of the same experts with ZeRO-3: those within one copy of the dense weights."""
+        return max(1, self.dense_cut * self.tensor // self.expert)
 
     @property
     def global_batch(self) -> int:

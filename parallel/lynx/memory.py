@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .cluster import Cluster
 from .cost import Roofline
@@ -40,10 +40,12 @@ def static_bytes(
 
     dense weights, expert weights, dense gradients, expert gradients, dense optimizer, expert optimizer  with what ZeRO
         cuts divided over the ranks that repeat it: `data` for dense weights, `expert_data` for experts
-    gathered weights   with ZeRO-3, whole layers at a time: the one that computes, the next, and a layer of gradients
+    gathered weights   with ZeRO-3, whole layers at a time: the one that computes, the next, and a layer of gradients;
+        for an eager layout see `_gather_eagerly`
     all-to-all         the larger exchange's rows to be sent and received, on the fullest rank
     working            gradients that the largest backward operator reads and writes
-    loss               the last rank's logits and their gradient while they are used
+    loss               the last rank's logits and their gradient while they are used; for an eager layout as far as
+        they exceed what a layer's backward takes, which comes after them
     context            driver, libraries, communication buffers
     fragmentation      what the allocator cannot use
 
@@ -55,20 +57,26 @@ def static_bytes(
     experts = [weight for weight in weights if weight.role == "expert"]
     found: dict[str, float] = {}
     cut_all, cut_state = layout.zero == 3, layout.zero >= 1
-    for name, those, copies in (("dense", dense, layout.data), ("expert", experts, layout.expert_data)):
+    for name, those, copies, cut in (
+        ("dense", dense, layout.data, layout.dense_cut),
+        ("expert", experts, layout.expert_data, layout.expert_cut),
+    ):
         numel = sum(_local(weight, layout) for weight in those)
-        over, over_state = copies if cut_all else 1, copies if cut_state else 1
+        over = cut if cut_all else 1
+        over_state = over if cut_all else copies if cut_state else 1
         found[f"{name} weights"] = numel * layout.weight_bytes / over
         found[f"{name} gradients"] = numel * layout.gradient_bytes / over
         master = 4 * numel if optimizer.master and layout.weight_bytes < 4 else 0
         state = sum(_state(optimizer, weight, layout) for weight in those)
         found[f"{name} optimizer"] = (master + state) / over_state
-    found["gathered weights"] = _gathered(shape, layout, share) if cut_all else 0
+    found["gathered weights"] = _gathered(shape, layout, share) if cut_all and not layout.eager else 0
     found["all-to-all"] = _all_to_all(shape, layout, skew) if "moe" in share.kinds else 0
     found["working"] = max(
         (work_of(shape, layout, cluster, skew, kind).working for kind in set(share.kinds)), default=0
     )
     found["loss"] = head_of(shape, layout, cluster).working if share.last else 0
+    if layout.eager:
+        _gather_eagerly(shape, layout, share, found)
     found["context"] = cluster.allowance.context
     found["fragmentation"] = cluster.allowance.fragmentation * cluster.device.memory
     return {name: math.ceil(found[name]) for name in COMPONENTS}
@@ -127,15 +135,8 @@ def _weights(shape: ModelShape, share: Share) -> Iterable[Weight]:
             yield from (weight for weight in first_weights(shape) if weight.name == "embedding")
 
 
-def _part(weight: Weight, layout: Layout) -> float:
-    """Of `weight` on one rank, before ZeRO."""
-    if weight.role == "expert":
-        return 1 / layout.expert
-    return 1 / layout.tensor if weight.split != "none" else 1.0
-
-
 def _local(weight: Weight, layout: Layout) -> float:
-    return weight.numel * _part(weight, layout)
+    return weight.local(layout.tensor, layout.expert)
 
 
 def _state(optimizer: Optimizer, weight: Weight, layout: Layout) -> float:
@@ -150,6 +151,34 @@ def _gathered(shape: ModelShape, layout: Layout, share: Share) -> float:
     """Two layers' weights in the compute dtype and one's gradients, of the largest kind that is here."""
     numels = [sum(_local(weight, layout) for weight in layer_weights(shape, kind)) for kind in set(share.kinds)]
     return max(numels, default=0) * (2 * layout.compute_bytes + layout.gradient_bytes)
+
+
+def _gather_eagerly(shape: ModelShape, layout: Layout, share: Share, found: dict[str, float]) -> None:
+    """Sets what FSDP2 gathers in `found`, and leaves of the loss what exceeds a layer's backward.
+
+    The weights of the ends are whole from the first forward to the last backward, a layer's as they come: what arrives
+    lies in one piece, then by weights, and experts, which are not cut along their first side, are then put in order.
+    While micro-batches accumulate gradients are whole, and those of the step before are there until the reduction.
+    """
+    whole, held, arriving = 0.0, 0.0, 0.0
+    if layout.zero == 3:
+        whole = layout.weight_bytes * _cut_numel(_weights(shape, replace(share, kinds=())), layout)
+        numel = _cut_numel(_weights(shape, share), layout)
+        for kind in set(share.kinds):
+            weights = layer_weights(shape, kind)
+            layer = _cut_numel(weights, layout)
+            dense = _cut_numel((weight for weight in weights if weight.role != "expert"), layout)
+            held = max(held, layer * layout.weight_bytes)
+            arriving = max(arriving, dense * layout.weight_bytes, 2 * (layer - dense) * layout.weight_bytes)
+        whole += layout.gradient_bytes * (numel if layout.micro_batches > 1 else held / layout.weight_bytes)
+    found["gathered weights"] = whole + held + max(0.0, arriving - found["working"])
+    found["loss"] = max(0.0, found["loss"] - held - max(arriving, found["working"]))
+
+
+def _cut_numel(weights: Iterable[Weight], layout: Layout) -> float:
+    """Numbers, on one rank, of those whose storage ranks share."""
+    is_cut = {"expert": layout.expert_cut > 1}
+    return sum(_local(weight, layout) for weight in weights if is_cut.get(weight.role, True))
 
 
 def _all_to_all(shape: ModelShape, layout: Layout, skew: Skew) -> float:

@@ -50,7 +50,7 @@ def state_bytes(optimizer: Optimizer, weight: Weight, cut_rows: int = 1, cut_col
     is_matrix, numel, name = weight.columns > 1, m * n, optimizer.name
     # Muon and APOLLO take matrices, but no stacks of them and no embeddings: those are AdamW's.
     is_hidden = is_matrix and weight.role == "hidden"
-    if name == "adapprox" and is_matrix:
+    if name == "adapprox" and is_matrix and sum(full) * _rank(optimizer, full) < full[0] * full[1]:
         one = 4 * _rank(optimizer, full) * (m + n) + _momentum(optimizer, m, n)
     elif name == "adapprox":
         one = 4 * numel + _momentum(optimizer, 1, numel)

@@ -64,7 +64,14 @@ class Place:
             weights=self.time.matmul(columns, rows, tokens, self.width),
             again=again,
             flops=2 * tokens * columns * rows,
+            gradient_bytes=self.formed(columns * rows),
         )
+
+    def formed(self, numel: int) -> int:
+        """Bytes of the gradient of a weight of `numel` numbers before it is added: cast, and as it is computed."""
+        if not self.layout.eager:
+            return 0
+        return numel * (self.layout.weight_bytes + (self.width if self.width < self.layout.weight_bytes else 0))
 
     def norm(self, name: str, source: str, tokens: int, columns: int, source_width: int) -> Step:
         """A norm over numbers of `source_width` bytes; statistics, some bytes a token, are left out."""

@@ -163,6 +163,7 @@ def _candidates(question: Question, space: Space, refused: _Refused) -> Iterator
                     expert=expert,
                     pipeline=pipeline,
                     data=data,
+                    shard=0,
                     sequence_parallel=tensor > 1,
                     chunks=USUAL_CHUNKS.get(schedule, 1) if pipeline > 1 else 1,
                     micro_batch=micro_batch,
@@ -172,7 +173,8 @@ def _candidates(question: Question, space: Space, refused: _Refused) -> Iterator
             except ValueError as error:
                 refused.add(str(error))
                 continue
-            yield replace(question, layout=layout, schedule=schedule, optimizer=optimizer, solver=solver)
+            # Another number of stages is cut anew.
+            yield replace(question, layout=layout, cut=None, schedule=schedule, optimizer=optimizer, solver=solver)
 
 
 def _point(answer: Answer) -> Point:

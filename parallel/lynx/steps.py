@@ -35,6 +35,8 @@ class Step:
     kind: Kind = "compute"
     flops: float = 0.0
     """Of the forward's matrix products."""
+    gradient_bytes: int = 0
+    """Of the gradient of its weight, where that is formed before it is added."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ def _working(layer: Layer, steps: Sequence[Step]) -> int:
     sizes = {operator.name: operator.bytes for operator in layer.operators}
     inputs = {operator.name: operator.inputs for operator in layer.operators}
     return max(
-        sizes[step.name] + sum(sizes[name] for name in inputs[step.name])
+        sizes[step.name] + sum(sizes[name] for name in inputs[step.name]) + step.gradient_bytes
         for step in steps
         if step.backward or step.weights
     )

@@ -28,6 +28,12 @@ class Weight:
     def numel(self) -> int:
         return self.rows * self.columns * self.copies
 
+    def local(self, tensor: int, expert: int) -> float:
+        """Numbers on one of so many tensor-parallel and expert-parallel ranks, before ZeRO."""
+        if self.role == "expert":
+            return self.numel / expert
+        return self.numel / tensor if self.split != "none" else self.numel
+
 
 def total(shape: ModelShape) -> int:
     """All parameters. Selection biases of routers are buffers and do not count."""
@@ -133,7 +139,7 @@ def _moe(shape: ModelShape) -> Iterator[Weight]:
     yield from _norm(shape, "norm 2", D)
     yield Weight(name="router", rows=experts.experts, columns=D)
     width, copies = experts.d_expert, experts.experts
-    for name, rows, columns in (("gate", width, D), ("up", width, D), ("down", D, width)):
+    for name, rows, columns in (("gate and up", 2 * width, D), ("down", D, width)):
         yield Weight(name=f"expert {name}", rows=rows, columns=columns, copies=copies, role="expert")
     if experts.shared_width:
         yield Weight(name="shared gate", rows=experts.shared_width, columns=D, split="rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .attention_work import attention_steps
@@ -12,7 +13,7 @@ from .place import Place
 from .problem import Layer
 from .routing_skew import UNIFORM, Skew, load_of
 from .shape import LayerKind, ModelShape
-from .steps import LayerWork, assemble
+from .steps import LayerWork, Step, assemble
 from .traffic import send_seconds
 from .weights import layer_weights
 
@@ -40,7 +41,17 @@ def work_of(
         steps += moe_steps(at, load_of(shape.experts, layout, skew))
     else:
         steps += dense_steps(at)
+    if cast := _cast_bytes(shape, layout, kind):
+        steps.insert(1, Step(name="cast weights", bytes=cast, kind="input"))
     return assemble(kind, steps)
+
+
+def _cast_bytes(shape: ModelShape, layout: Layout, kind: LayerKind) -> int:
+    """Of a layer's matrices in the compute dtype, where each forward casts them; the router computes in fp32."""
+    if not layout.eager or layout.compute_bytes >= layout.weight_bytes:
+        return 0
+    matrices = (w for w in layer_weights(shape, kind) if w.columns > 1 and w.name != "router")
+    return math.ceil(layout.compute_bytes * sum(w.local(layout.tensor, layout.expert) for w in matrices))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +112,7 @@ def head_of(shape: ModelShape, layout: Layout, cluster: Cluster) -> EndWork:
     stream = at.local * shape.d_model * layout.residual_bytes
     kept = stream + norm.bytes
     chunk = min(layout.loss_chunk, at.T) or at.T
-    in_chunks = chunk < at.T
+    in_chunks = chunk < at.T or layout.eager
     if in_chunks:
         # What the chunks leave behind is the gradient of their inputs.
         kept = stream + 2 * norm.bytes
@@ -113,9 +124,22 @@ def head_of(shape: ModelShape, layout: Layout, cluster: Cluster) -> EndWork:
         forward_exchange=enter.forward,
         backward_exchange=enter.backward + (again.seconds if again else 0.0),
         saved=kept + (0 if in_chunks else logits),
-        working=chunk * columns * (4 + layout.compute_bytes),
+        working=_eager_loss(at, chunk, columns) if layout.eager else chunk * columns * (4 + layout.compute_bytes),
         flops=product.flops,
     )
+
+
+def _eager_loss(at: Place, chunk: int, columns: int) -> int:
+    """Bytes at most while a loss forms its gradients, whose backward, right after it, only scales them.
+
+    The weight's gradient is summed in fp32; beside it and a chunk's logits are their product or the next logits, the
+    weight and the logits once more where they are cast, and what tensor ranks gather and scatter.
+    """
+    layout, weight, logits = at.layout, columns * at.shape.d_model, chunk * columns
+    narrow = layout.compute_bytes if layout.compute_bytes < 4 else 0
+    beside = max(weight * layout.compute_bytes, 4 * logits if chunk < at.T else 0)
+    travels = 2 * chunk * at.shape.d_model * layout.compute_bytes if layout.tensor > 1 else 0
+    return weight * (4 + narrow) + logits * (4 + narrow) + beside + travels
 
 
 def hop_seconds(shape: ModelShape, layout: Layout, cluster: Cluster) -> float:

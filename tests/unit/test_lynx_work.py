@@ -340,3 +340,65 @@ def test_a_model_without_a_shared_expert_or_rotation_is_described_too() -> None:
     assert "rotary" not in names
     assert "shared gather" in names
     assert "sort rows" not in names
+
+
+EAGER = replace(LAYOUTS["one"], compute="bf16", residual="fp32", weights="fp32", eager=True)
+
+
+def test_an_eager_layer_keeps_what_autograd_keeps() -> None:
+    """Beside what a fused one does: weights that were cast, and what experts gave."""
+    T, D, k = 1024, 4096, 2
+    fused = work_of(MIXTRAL, replace(EAGER, eager=False), H100, kind="moe").saved
+    weights = 2 * (2 * D * D + 2 * D * 1024 + 8 * 3 * D * 14336)
+    assert work_of(MIXTRAL, EAGER, H100, kind="moe").saved == fused + weights + T * k * D * 2
+    dense = replace(MIXTRAL, experts=None, d_ff=14336)
+    fused = work_of(dense, replace(EAGER, eager=False, compute="fp32"), H100, kind="dense").saved
+    assert work_of(dense, replace(EAGER, compute="fp32"), H100, kind="dense").saved == fused + T * 14336 * 4
+
+
+def test_an_eager_backward_forms_the_gradient_beside_the_sum() -> None:
+    """Of the experts' first matrix: gradients of its output and input, and its own, cast and as computed."""
+    rows, D, F = 2048, 4096, 14336
+    assert work_of(MIXTRAL, EAGER, H100, kind="moe").working == rows * (2 * F + D) * 2 + 8 * 2 * F * D * (4 + 2)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_fsdp_gathers_and_accumulates_whole(micro_batches) -> None:
+    layout = replace(EAGER, compute="fp32", data=4, zero=3, shard=2, micro_batches=micro_batches, loss_chunk=1)
+    share = Share(kinds=("moe",), first=True, last=True)
+    found = static_bytes(MIXTRAL, layout, H100, Optimizer(), share)
+    ends, dense, experts = 2 * 32000 * 4096 + 4096, 2 * 4096 * (4096 + 1024 + 1) + 8 * 4096, 8 * 3 * 4096 * 14336
+    # Two copies only: what two of the four ranks share is a half.
+    assert found["dense weights"] == 4 * (ends + dense) / 2 and found["expert weights"] == 4 * experts / 2
+    gradients = ends + dense + experts if micro_batches > 1 else dense + experts
+    arriving = max(0, 2 * 4 * experts - found["working"])
+    assert found["gathered weights"] == 4 * (ends + dense + experts + gradients) + arriving
+    assert found["loss"] == 0, "a layer's backward takes more"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expert", "ranks"), [(1, 1, 2), (1, 2, 1), (1, 4, 1), (2, 1, 4), (2, 2, 2), (2, 4, 1)]
+)
+def test_experts_share_storage_within_one_dense_copy(tensor, expert, ranks) -> None:
+    layout = Layout(tensor=tensor, sequence_parallel=tensor > 1, data=4, expert=expert, zero=3, shard=2)
+    assert layout.expert_cut == ranks and layout.dense_cut == 2
+    assert replace(layout, shard=0).expert_cut == layout.expert_data
+
+
+def test_an_eager_loss_is_not_there_while_a_layer_goes_back() -> None:
+    """The larger of the two counts."""
+    share = Share(kinds=("moe",), last=True)
+    layout = replace(EAGER, compute="fp32", loss_chunk=64)
+    found = static_bytes(MIXTRAL, layout, H100, Optimizer(), share)
+    V, D = MIXTRAL.vocab, 4096
+    loss = head_of(MIXTRAL, layout, H100).working
+    # The weight's gradient twice, and a chunk's logits.
+    assert loss == 2 * 4 * V * D + 64 * V * 4
+    assert found["working"] + found["loss"] == max(loss, found["working"])
+
+
+def test_small_matrices_are_not_factored() -> None:
+    """As Adapprox has it: where factors of the largest rank are no smaller than the second moment."""
+    weight = Weight(name="router", rows=2, columns=64)
+    assert state_bytes(Optimizer(name="adapprox", rank=1.0, momentum="none"), weight) == 4 * 2 * 64
+    assert state_bytes(Optimizer(name="adapprox", rank=0.5, momentum="none"), weight) == 4 * 66

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from wastenot.kernels.cross_entropy import vectorised
 from wastenot.launch.settings import load_config
+from wastenot.launch.stage_sizes import layer_sizes
+from wastenot.parallel import vocabulary
+from wastenot.parallel.config import ParallelConfig
 from wastenot.parallel.lynx.cluster import read_cluster
 from wastenot.parallel.lynx.huggingface import from_huggingface
 from wastenot.parallel.lynx.layout import Group, Layout, check, data_over, with_global_batch
@@ -43,6 +47,8 @@ GPT = read_model("gpt-22b").shape
             {"chunks": 2, "pipeline": 4, "micro_batches": 6},
             "layout.micro_batches: 6 is no multiple of pipeline: 4, as chunks need it; use 8",
         ),
+        ({"shard": 2, "data": 4}, "layout.shard: 2 does not divide data: 4 with zero: 0; use 0"),
+        ({"shard": 3, "data": 4, "zero": 3}, "layout.shard: 3 does not divide data: 4 with zero: 3; use 2"),
         ({"zero": 2}, "layout.zero: 2 is not one of 0, 1, 3; use 1"),
         ({"compute": "bf-16"}, "layout.compute: 'bf-16' is not known; did you mean bf16?"),
         ({"padded": True}, "layout.padded: true needs a capacity_factor"),
@@ -172,6 +178,29 @@ def test_a_run_as_the_planner_sees_it() -> None:
     assert found_bytes["expert optimizer"] == 2 * found_bytes["expert weights"]
     with pytest.raises(ValueError, match=r"train\.batch: 8 in 1 micro-batches does not fit 6 ranks; use 4 ranks"):
         from_config(load_config("quickstart"), "quickstart", ranks=6)
+
+
+def test_a_runs_layout_is_the_planners() -> None:
+    run = load_config("quickstart", ["train.batch=16", "train.accumulate=4"])
+    hybrid = ParallelConfig(data=2, shard=2, tensor=2, expert=4)
+    found = from_config(replace(run, parallel=hybrid)).layout
+    assert (found.data, found.zero, found.shard, found.expert_cut, found.devices) == (4, 3, 2, 1, 8)
+    assert found.eager and found.loss_chunk == vocabulary.CHUNK_BYTES // (4 * 1024)
+    one = from_config(replace(run, parallel=ParallelConfig(data=1)))
+    assert one.layout.loss_chunk == vectorised.CHUNK_BYTES // (4 * 2048)
+    assert (one.layout.zero, one.layout.shard, one.cut) == (0, 0, None)
+
+
+def test_a_runs_pipeline_is_the_planners() -> None:
+    run = load_config("quickstart", ["train.batch=16", "train.accumulate=4"])
+    found = from_config(replace(run, parallel=ParallelConfig(pipeline=2, schedule="gpipe", cut=(1, 2))))
+    assert (found.schedule, found.cut, found.layout.chunks) == ("gpipe", (1, 2), 1)
+    # The embedding outweighs a layer: by layers alone the first stage would have two.
+    sizes = layer_sizes(run.model, run.router, 2048)
+    assert sizes[0] - sizes[1] == sizes[2] - sizes[1] == 2048 * run.model.d_model
+    model = replace(run.model, vocab_size=50000, tie_embeddings=True)
+    found = from_config(replace(run, model=model, parallel=ParallelConfig(pipeline=2)))
+    assert found.cut == (1, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """What each rank does in the `layout-memory` benchmark: a few steps of training, and bytes counted by storage.
 
-`python -m wastenot.tools.bench.layout_memory_ranks CONFIG FOLDER` is one rank, as `layout_memory.measure` starts it.
+`python -m wastenot.tools.bench.layout_memory_ranks CONFIGS RESULT` is one rank, as `layout_memory.measure` starts it.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -17,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...launch.config import TrainConfig
 from ...launch.env import detect, start, stop
 from ...launch.memory import keep_freed_memory
 from ...launch.optimizer import make_optimizer
 from ...launch.optimizer_state import state_bytes
+from ...launch.run_folder import write_atomically
 from ...launch.step import Stepper, make_stepper
 from ...launch.trainer import stages_of
 from ...moe.decoder import build_decoder
@@ -31,10 +33,9 @@ from ...parallel.gradients import Gradients
 from ...parallel.mesh import Mesh, make_mesh
 from ...parallel.tensor import local
 from .memory import peak_bytes
-from .rectify_account import peak_resident_bytes
 
-WARM_UP = 2
-"""Steps before the one that is counted: the first makes the optimizer's state."""
+WARM_UP = 1
+"""Steps before the one that is counted: they make the optimizer's state."""
 
 
 class RandomTokens:
@@ -64,7 +65,6 @@ def bytes_of(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
         "gradients": storage_bytes(p.grad for p in model.parameters() if p.grad is not None),
         "optimizer": state_bytes(optimizer),
         "step": peak_bytes(lambda: _step(stepper, WARM_UP)),
-        "resident": peak_resident_bytes(),
     }
 
 
@@ -81,21 +81,36 @@ def _step(stepper: Stepper, step: int) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """One rank from start to end; writes what it found to FOLDER."""
-    config: TrainConfig = pickle.loads(Path(argv[0]).read_bytes())
+    """One rank from start to end; rank 0 writes, of each configuration, what every rank found."""
+    configs: list[TrainConfig] = pickle.loads(Path(argv[0]).read_bytes())
     keep_freed_memory()
     # Adapprox is kept at its largest rank here, and would say so.
     warnings.filterwarnings("ignore", message=".*factors of the largest rank", category=UserWarning)
     device, rank = torch.device("cpu"), detect(os.environ)
-    start(rank, config.parallel, device)
+    start(rank, configs[0].parallel, device)
     torch.set_num_threads(1)
-    mesh = make_mesh(config.parallel, device)
-    found = {"rank": rank.rank, "pipeline": mesh.pipeline.rank, **bytes_of(config, mesh)}
-    (Path(argv[1]) / f"{rank.rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    found = []
+    for config in configs:
+        found.append(_gathered(bytes_of(config, make_mesh(config.parallel, device))))
+        # A model and its gradients hold each other.
+        gc.collect()
+        if rank.rank == 0:
+            print(f"bench layout-memory: {len(found)} of {len(configs)} on {rank.world} ranks", file=sys.stderr)
+    if rank.rank == 0:
+        write_atomically(Path(argv[1]), json.dumps(found))
     if dist.is_initialized():
         # Nobody closes a connection that another rank still reads from.
         dist.barrier()
     stop()
+
+
+def _gathered(value: dict[str, int]) -> list[dict[str, int]]:
+    """Everyone's `value`, on all ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 if __name__ == "__main__":

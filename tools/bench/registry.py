@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 BENCHMARKS = {
     "train": "tokens/s of a training step against other MoE implementations",
     "parity": "the same losses and gradient norms at every (expert, data) layout",
+    "layout-memory": "bytes of every rank at every layout, beside what the planner says",
     "kernels": "the MoE layer alone, forward and backward, against other implementations and its floor",
     "kernels-gpu": "bandwidth of dispatch and combine on a CUDA device, and times of a whole MoE layer",
     "rectify-quality": "held-out loss and accuracy with Rectify-Router, against vanilla and dropless",
