@@ -56,19 +56,20 @@ def static_bytes(
     dense = [weight for weight in weights if weight.role != "expert"]
     experts = [weight for weight in weights if weight.role == "expert"]
     found: dict[str, float] = {}
-    cut_all, cut_state = layout.zero == 3, layout.zero >= 1
+    cut_all = layout.zero == 3
     for name, those, copies, cut in (
         ("dense", dense, layout.data, layout.dense_cut),
         ("expert", experts, layout.expert_data, layout.expert_cut),
     ):
         numel = sum(_local(weight, layout) for weight in those)
         over = cut if cut_all else 1
-        over_state = over if cut_all else copies if cut_state else 1
+        # With ZeRO-3 `_state` is that of a part already.
+        spread = copies if layout.zero == 1 else 1
         found[f"{name} weights"] = numel * layout.weight_bytes / over
         found[f"{name} gradients"] = numel * layout.gradient_bytes / over
         master = 4 * numel if optimizer.master and layout.weight_bytes < 4 else 0
         state = sum(_state(optimizer, weight, layout) for weight in those)
-        found[f"{name} optimizer"] = (master + state) / over_state
+        found[f"{name} optimizer"] = master / (over * spread) + state / spread
     found["gathered weights"] = _gathered(shape, layout, share) if cut_all and not layout.eager else 0
     found["all-to-all"] = _all_to_all(shape, layout, skew) if "moe" in share.kinds else 0
     found["working"] = max(
@@ -140,11 +141,13 @@ def _local(weight: Weight, layout: Layout) -> float:
 
 
 def _state(optimizer: Optimizer, weight: Weight, layout: Layout) -> float:
-    """Before ZeRO, which spreads whole matrices evenly over ranks (or nearly: no matrix is cut for it here)."""
-    if weight.role == "expert":
-        return state_bytes(optimizer, weight) / layout.expert
+    """With ZeRO-3 of this rank's rows; else before ZeRO, which spreads whole matrices evenly over ranks (or nearly)."""
+    is_expert, cuts_rows = weight.role == "expert", layout.zero == 3
+    rows = (layout.expert_cut if is_expert else layout.dense_cut) if cuts_rows else 1
+    if is_expert:
+        return state_bytes(optimizer, weight, rows) / layout.expert
     cut = layout.tensor if weight.split != "none" else 1
-    return state_bytes(optimizer, weight, *((1, cut) if weight.split == "columns" else (cut, 1)))
+    return state_bytes(optimizer, weight, *((rows, cut) if weight.split == "columns" else (rows * cut, 1)))
 
 
 def _gathered(shape: ModelShape, layout: Layout, share: Share) -> float:

@@ -1,5 +1,7 @@
 """`bench layout-memory` counts what is there, compares it rightly, and asks the planner about the same run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
@@ -68,9 +70,10 @@ def test_every_run_is_a_legal_configuration():
         assert len(layout_memory.estimate(config)) == case.layout.world()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_one_rank_holds_what_the_planner_says(precision):
-    """The benchmark's model, in this process."""
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 0.05), ("bf16", 0.2)])
+def test_one_rank_holds_what_the_planner_says(precision, most):
+    """The benchmark's model on fewer tokens, in this process. Not in the planner: what autocast casts repeatedly."""
     config = layout_memory.configure(Case(layout=ParallelConfig(data=1), precision=precision))
+    config = replace(config, data=replace(config.data, seq_len=128), train=replace(config.train, batch=4, accumulate=2))
     found = layout_memory.errors(bytes_of(config, single()), layout_memory.estimate(config)[0])
-    assert all(abs(found[f"{part}_error"]) < (0.1 if part == "step" else 0.001) for part in PARTS), found
+    assert all(abs(found[f"{part}_error"]) < (most if part == "step" else 0.001) for part in PARTS), found

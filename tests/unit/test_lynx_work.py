@@ -402,3 +402,12 @@ def test_small_matrices_are_not_factored() -> None:
     weight = Weight(name="router", rows=2, columns=64)
     assert state_bytes(Optimizer(name="adapprox", rank=1.0, momentum="none"), weight) == 4 * 2 * 64
     assert state_bytes(Optimizer(name="adapprox", rank=0.5, momentum="none"), weight) == 4 * 66
+
+
+def test_fsdp_leaves_each_rank_the_factors_of_the_side_that_is_not_cut() -> None:
+    """Adapprox's (METHODS A6): of a matrix [m, n] over r ranks k (m / r + n), and not 1 / r of all."""
+    share, optimizer = Share(kinds=("moe",)), Optimizer(name="adapprox", momentum="none")
+    layout = Layout(data=2, zero=3)
+    found = static_bytes(MIXTRAL, layout, H100, optimizer, share)["expert optimizer"] - 4 * 8 * 3 * 4096 * 14336 / 2
+    k = 1024
+    assert found == 8 * 4 * k * ((14336 + 4096) + (2048 + 14336))

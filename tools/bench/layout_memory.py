@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ...launch.config import DataConfig, LogConfig, LoopConfig, OptimizerConfig, TrainConfig
+from ...launch.config import DataConfig, LogConfig, LoopConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from ...launch.local import run_ranks
 from ...launch.optimizer_config import AdapproxConfig
 from ...moe.config import ModelConfig, MoEConfig
@@ -105,12 +105,13 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
 
 def configure(case: Case) -> TrainConfig:
     """A run of a model of 20 M parameters, every second layer of 8 experts, at 4,096 tokens a step."""
-    settings = {"adapprox": AdapproxConfig(rank_threshold=1e-9)} if case.optimizer == "adapprox" else {}
+    adapprox = AdapproxConfig(rank_threshold=1e-9) if case.optimizer == "adapprox" else AdapproxConfig()
     moe = MoEConfig(experts=8, d_expert=512, every=2)
     return TrainConfig(
         model=ModelConfig(vocab_size=8192, d_model=384, layers=4, heads=6, kv_heads=2, d_ff=1024, moe=moe),
         parallel=case.layout,
-        optimizer=OptimizerConfig(name=case.optimizer, **settings),
+        optimizer=OptimizerConfig(name=case.optimizer, adapprox=adapprox),
+        schedule=ScheduleConfig(warmup_steps=1),
         data=DataConfig(tokenizer="bytes", seq_len=256),
         train=LoopConfig(steps=2, batch=16, accumulate=4, eval_batch=16, precision=case.precision, sample_tokens=0),
         log=LogConfig(dir="unused"),
