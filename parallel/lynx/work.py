@@ -132,12 +132,13 @@ def head_of(shape: ModelShape, layout: Layout, cluster: Cluster) -> EndWork:
 def _eager_loss(at: Place, chunk: int, columns: int) -> int:
     """Bytes at most while a loss forms its gradients, whose backward, right after it, only scales them.
 
-    The weight's gradient is summed in fp32; beside it and a chunk's logits are their product or the next logits, the
-    weight and the logits once more where they are cast, and what tensor ranks gather and scatter.
+    The weight's gradient is summed in fp32; beside it and a chunk's logits are their product (cast, where it is not in
+    fp32) or the next logits, the weight and the logits once more where they are cast, and what tensor ranks gather and
+    scatter.
     """
     layout, weight, logits = at.layout, columns * at.shape.d_model, chunk * columns
     narrow = layout.compute_bytes if layout.compute_bytes < 4 else 0
-    beside = max(weight * layout.compute_bytes, 4 * logits if chunk < at.T else 0)
+    beside = max(weight * (4 + narrow), 4 * logits if chunk < at.T else 0)
     travels = 2 * chunk * at.shape.d_model * layout.compute_bytes if layout.tensor > 1 else 0
     return weight * (4 + narrow) + logits * (4 + narrow) + beside + travels
 

@@ -70,9 +70,9 @@ def test_every_run_is_a_legal_configuration():
         assert len(layout_memory.estimate(config)) == case.layout.world()
 
 
-@pytest.mark.parametrize(("precision", "most"), [("fp32", 0.05), ("bf16", 0.2)])
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 0.05), ("bf16", 0.12)])
 def test_one_rank_holds_what_the_planner_says(precision, most):
-    """The benchmark's model on fewer tokens, in this process. Not in the planner: what autocast casts repeatedly."""
+    """The benchmark's model on fewer tokens, in this process. In bf16 each product casts its input anew, unplanned."""
     config = layout_memory.configure(Case(layout=ParallelConfig(data=1), precision=precision))
     config = replace(config, data=replace(config.data, seq_len=128), train=replace(config.train, batch=4, accumulate=2))
     found = layout_memory.errors(bytes_of(config, single()), layout_memory.estimate(config)[0])

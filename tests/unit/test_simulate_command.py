@@ -43,7 +43,7 @@ QUICK = [
     "4",
 ]
 """A question that is answered at once."""
-TIGHT = [*QUICK, "--budget", "45GiB", "--solver", "greedy", "--policies", "none,selective"]
+TIGHT = [*QUICK, "--budget", "50GiB", "--solver", "greedy", "--policies", "none,selective"]
 """The same, where something must be recomputed."""
 
 
@@ -158,7 +158,7 @@ def test_people_are_told_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", *TIGHT]) == 0
     out = capsys.readouterr().out.replace("\u00a0", " ")
     assert out.startswith("olmoe-1b-7b on 8 × H100 SXM5 80GB (h100-nvlink8-ib)\n")
-    assert "EP4 × PP2 × DP4 (as asked for) · 4 micro-batches of 4 × 4,096 tokens · 1f1b · adamw · budget 45" in out
+    assert "EP4 × PP2 × DP4 (as asked for) · 4 micro-batches of 4 × 4,096 tokens · 1f1b · adamw · budget 50" in out
     for text in (
         f"{answer['tokens_per_second_per_device']:,.0f}",
         f"{100 * answer['mfu']:.1f} %",
