@@ -10,7 +10,7 @@ from wastenot.launch.layout_rules import world_rules
 from wastenot.launch.settings import dump_config, parse_config
 from wastenot.parallel.config import ParallelConfig
 from wastenot.parallel.mesh import single
-from wastenot.tools.bench import layout_memory
+from wastenot.tools.bench import layout_memory, parity
 from wastenot.tools.bench.layout_memory import PARTS, Case
 from wastenot.tools.bench.layout_memory_ranks import bytes_of
 from wastenot.tools.bench.memory import actual_changes, peak_bytes
@@ -61,7 +61,7 @@ def test_goals_are_missed_where_any_rank_is_far_off(step, weights, met):
 
 
 def test_every_run_is_a_legal_configuration():
-    assert {case.layout for case in layout_memory.cases(quick=False)} == set(layout_memory.LAYOUTS)
+    assert {case.layout for case in layout_memory.cases(quick=False)} == set(parity.LAYOUTS)
     assert {case.layout.world() for case in layout_memory.cases(quick=True)} == {1, 2}
     for case in layout_memory.cases(quick=False):
         config = layout_memory.configure(case)

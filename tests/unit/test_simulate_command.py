@@ -162,7 +162,7 @@ def test_people_are_told_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     for text in (
         f"{answer['tokens_per_second_per_device']:,.0f}",
         f"{100 * answer['mfu']:.1f} %",
-        f"{answer['memory']['peak_bytes'] / 2**30:.1f} GiB of 45.0 GiB",
+        f"{answer['memory']['peak_bytes'] / 2**30:.1f} GiB of 50.0 GiB",
         f"needs {answer['policies']['none']['needs_bytes'] / 2**30:.1f} GiB",
         "uniform: the fullest rank receives 1.00 times the mean",
     ):
