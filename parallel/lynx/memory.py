@@ -161,19 +161,20 @@ def _gather_eagerly(shape: ModelShape, layout: Layout, share: Share, found: dict
 
     The weights of the ends are whole from the first forward to the last backward, a layer's as they come: what arrives
     lies in one piece, then by weights, and experts, which are not cut along their first side, are then put in order.
-    While micro-batches accumulate gradients are whole, and those of the step before are there until the reduction.
+    While micro-batches accumulate gradients are whole: more than the parts that are counted as gradients.
     """
     whole, held, arriving = 0.0, 0.0, 0.0
     if layout.zero == 3:
         whole = layout.weight_bytes * _cut_numel(_weights(shape, replace(share, kinds=())), layout)
-        numel = _cut_numel(_weights(shape, share), layout)
+        parts = (found["dense gradients"] + found["expert gradients"]) / layout.gradient_bytes
+        accumulated = sum(_local(weight, layout) for weight in _weights(shape, share)) - parts
         for kind in set(share.kinds):
             weights = layer_weights(shape, kind)
             layer = _cut_numel(weights, layout)
             dense = _cut_numel((weight for weight in weights if weight.role != "expert"), layout)
             held = max(held, layer * layout.weight_bytes)
             arriving = max(arriving, dense * layout.weight_bytes, 2 * (layer - dense) * layout.weight_bytes)
-        whole += layout.gradient_bytes * (numel if layout.micro_batches > 1 else held / layout.weight_bytes)
+        whole += layout.gradient_bytes * (accumulated if layout.micro_batches > 1 else held / layout.weight_bytes)
     found["gathered weights"] = whole + held + max(0.0, arriving - found["working"])
     found["loss"] = max(0.0, found["loss"] - held - max(arriving, found["working"]))
 

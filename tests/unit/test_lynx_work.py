@@ -370,7 +370,8 @@ def test_fsdp_gathers_and_accumulates_whole(micro_batches) -> None:
     ends, dense, experts = 2 * 32000 * 4096 + 4096, 2 * 4096 * (4096 + 1024 + 1) + 8 * 4096, 8 * 3 * 4096 * 14336
     # Two copies only: what two of the four ranks share is a half.
     assert found["dense weights"] == 4 * (ends + dense) / 2 and found["expert weights"] == 4 * experts / 2
-    gradients = ends + dense + experts if micro_batches > 1 else dense + experts
+    # Whole ones instead of halves, or a layer's beside them.
+    gradients = (ends + dense + experts) / 2 if micro_batches > 1 else dense + experts
     arriving = max(0, 2 * 4 * experts - found["working"])
     assert found["gathered weights"] == 4 * (ends + dense + experts + gradients) + arriving
     assert found["loss"] == 0, "a layer's backward takes more"

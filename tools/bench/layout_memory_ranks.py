@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...launch.config import TrainConfig
 from ...launch.env import detect, start, stop
@@ -59,13 +59,19 @@ def bytes_of(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     stepper = make_stepper(config, mesh, model, optimizer, gradients, samples)
     for step in range(WARM_UP):
         _step(stepper, step)
-    tensors = [*model.parameters(), *model.buffers()]
-    return {
-        "weights": storage_bytes(tensors),
-        "gradients": storage_bytes(p.grad for p in model.parameters() if p.grad is not None),
+    found = {
+        "weights": storage_bytes([*model.parameters(), *model.buffers()]),
+        "gradients": _gradient_bytes(model),
         "optimizer": state_bytes(optimizer),
-        "step": peak_bytes(lambda: _step(stepper, WARM_UP)),
     }
+    # A step begins so; where ranks share storage it frees gradients, which the profiler would not see.
+    gradients.zero()
+    freed = found["gradients"] - _gradient_bytes(model)
+    return {**found, "step": peak_bytes(lambda: _step(stepper, WARM_UP)) - freed}
+
+
+def _gradient_bytes(model: nn.Module) -> int:
+    return storage_bytes(p.grad for p in model.parameters() if p.grad is not None)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -40,7 +40,8 @@ def peak_bytes(work: Callable[[], object]) -> int:
     """Most bytes alive at once during `work`, beyond those alive before it.
 
     Counts every allocation of torch's CPU allocator, inside operators too; not the scratch that libraries below
-    torch take for themselves. What gloo's own threads free, unseen, counts until its memory is used again.
+    torch take for themselves. Frees that torch's profiler does not report count until their memory is used again: those
+    of other threads, and of what was there before `work`, which had better be freed before.
     """
     with cpu_profile(memory=True) as trace:
         work()
