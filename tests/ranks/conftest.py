@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import TINY
+from real_runs import TINY
 from two_hosts import ADDRESS
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "wizards", "brew", "tea"]

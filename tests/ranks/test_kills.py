@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from runs import assert_same_account, finish, last_step, launch, log_dir, losses, ranks, start, summary
+from real_runs import assert_same_account, finish, last_step, launch, log_dir, losses, ranks, start, summary
 
 LAYOUTS = {
     "EP2": {"expert": 2},

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from runs import TRAIN, assert_same_account, finish, last_step, launch, log_dir, losses, ranks, start, summary
+from real_runs import TRAIN, assert_same_account, finish, last_step, launch, log_dir, losses, ranks, start, summary
 
 from wastenot.launch.metrics import read_metrics
 from wastenot.moe.ledger import SLOTS

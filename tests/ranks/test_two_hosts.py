@@ -12,7 +12,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from runs import finish, losses, start
+from real_runs import finish, losses, start
 from two_hosts import ADDRESS, on_host, run_all
 
 LAYOUTS = [{"expert": 2, "tensor": 2, "data": 2}, {"expert": 1, "pipeline": 2, "data": 2}]
