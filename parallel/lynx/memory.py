@@ -163,7 +163,8 @@ def _gather_eagerly(shape: ModelShape, layout: Layout, share: Share, found: dict
     lies in one piece, then by weights, and experts, which are not cut along their first side, are then put in order.
     While micro-batches accumulate gradients are whole: more than the parts that are counted as gradients.
     """
-    whole, held, arriving = 0.0, 0.0, 0.0
+    whole, held, arriving, largest = 0.0, 0.0, 0.0, 0.0
+    narrow = min(layout.weight_bytes, layout.compute_bytes)
     if layout.zero == 3:
         whole = layout.weight_bytes * _cut_numel(_weights(shape, replace(share, kinds=())), layout)
         parts = (found["dense gradients"] + found["expert gradients"]) / layout.gradient_bytes
@@ -172,9 +173,12 @@ def _gather_eagerly(shape: ModelShape, layout: Layout, share: Share, found: dict
             weights = layer_weights(shape, kind)
             layer = _cut_numel(weights, layout)
             dense = _cut_numel((weight for weight in weights if weight.role != "expert"), layout)
-            held = max(held, layer * layout.weight_bytes)
-            arriving = max(arriving, dense * layout.weight_bytes, 2 * (layer - dense) * layout.weight_bytes)
-        whole += layout.gradient_bytes * (accumulated if layout.micro_batches > 1 else held / layout.weight_bytes)
+            largest = max(largest, layer)
+            # Experts are gathered in what they compute in (shard.py).
+            dense_bytes, expert_bytes = dense * layout.weight_bytes, (layer - dense) * narrow
+            held = max(held, dense_bytes + expert_bytes)
+            arriving = max(arriving, dense_bytes, 2 * expert_bytes)
+        whole += layout.gradient_bytes * (accumulated if layout.micro_batches > 1 else largest)
     found["gathered weights"] = whole + held + max(0.0, arriving - found["working"])
     found["loss"] = max(0.0, found["loss"] - held - max(arriving, found["working"]))
 

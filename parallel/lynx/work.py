@@ -47,10 +47,16 @@ def work_of(
 
 
 def _cast_bytes(shape: ModelShape, layout: Layout, kind: LayerKind) -> int:
-    """Of a layer's matrices in the compute dtype, where each forward casts them; the router computes in fp32."""
+    """Of a layer's matrices in the compute dtype, where each forward casts them; the router computes in fp32, and
+    experts whose storage ranks share arrive so."""
     if not layout.eager or layout.compute_bytes >= layout.weight_bytes:
         return 0
-    matrices = (w for w in layer_weights(shape, kind) if w.columns > 1 and w.name != "router")
+    arrives = layout.zero == 3 and layout.expert_cut > 1
+    matrices = (
+        weight
+        for weight in layer_weights(shape, kind)
+        if weight.columns > 1 and weight.name != "router" and not (arrives and weight.role == "expert")
+    )
     return math.ceil(layout.compute_bytes * sum(w.local(layout.tensor, layout.expert) for w in matrices))
 
 

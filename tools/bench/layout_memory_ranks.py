@@ -25,6 +25,7 @@ from ...launch.env import detect, start, stop
 from ...launch.memory import keep_freed_memory
 from ...launch.optimizer import make_optimizer
 from ...launch.optimizer_state import state_bytes
+from ...launch.precision import compute_dtype
 from ...launch.run_folder import write_atomically
 from ...launch.step import Stepper, make_stepper
 from ...launch.trainer import stages_of
@@ -52,7 +53,14 @@ class RandomTokens:
 
 def bytes_of(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
     """Of this rank: weights, gradients and optimizer state after a step, and the most that the next has beside them."""
-    model = build_decoder(config.model, config.router, mesh, seed=config.train.seed, stages=stages_of(config, mesh))
+    model = build_decoder(
+        config.model,
+        config.router,
+        mesh,
+        seed=config.train.seed,
+        stages=stages_of(config, mesh),
+        compute_dtype=compute_dtype(config.train.precision),
+    )
     optimizer = make_optimizer(model, config.optimizer)
     gradients = Gradients(model, mesh, config.parallel.bucket_bytes)
     samples: Any = RandomTokens(config.model.vocab_size, config.data.seq_len)
