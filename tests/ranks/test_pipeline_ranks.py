@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from real_runs import TINY, finish, last_step, log_dir, losses, start, summary
 from spawned import run_ranks
 from test_parallel_parity import RandomWindows
-from test_training_runs import TINY, finish, last_step, log_dir, losses, start, summary
 from torch import Tensor
 
 from wastenot.launch.config import DataConfig, LogConfig, LoopConfig, OptimizerConfig, ScheduleConfig, TrainConfig

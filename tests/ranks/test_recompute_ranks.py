@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from real_runs import TINY, finish, log_dir, losses, start
 from spawned import run_ranks
 from test_parallel_parity import RandomWindows, config
-from test_training_runs import TINY, finish, log_dir, losses, start
 from torch import Tensor
 
 from wastenot.launch.config import TrainConfig
