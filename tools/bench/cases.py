@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...moe.config import ModelConfig, MoEConfig, RouterConfig
+
+Dtype = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +20,15 @@ class Case:
     name: str
     model: ModelConfig
     top_k: int
+    dtype: Dtype = "fp32"
+    """What matrix products run in; weights, gradients of the optimizer and its state are fp32 in both."""
     batch: int = 8
+    """Sequences, over all ranks."""
     seq_len: int = 256
     seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.dtype}"
 
     @property
     def router(self) -> RouterConfig:
@@ -31,13 +40,19 @@ class Case:
         return self.batch * self.seq_len
 
 
+def in_both_dtypes(cases: list[Case]) -> list[Case]:
+    """Each of `cases` in fp32, then in bf16."""
+    dtypes: tuple[Dtype, ...] = ("fp32", "bf16")
+    return [replace(case, dtype=dtype) for case in cases for dtype in dtypes]
+
+
 def mixtral_router(top_k: int) -> RouterConfig:
     """Mixtral's: softmax over the chosen experts, with gradients through that denominator."""
     return RouterConfig(top_k=top_k, normalize="top_k", detach=False, balance_loss=0.0)
 
 
 def cases(quick: bool) -> list[Case]:
-    """The cases of the benchmark; `quick` takes two of three, the second with half its choices per token."""
+    """The cases of the benchmark, in fp32; `quick` takes two of three, the second with half its choices per token."""
 
     def case(name: str, top_k: int, d_model: int, heads: int, experts: int, d_expert: int) -> Case:
         moe = MoEConfig(experts=experts, d_expert=d_expert)
@@ -105,3 +120,10 @@ def make_batch(case: Case) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(case.seed + 1)
     tokens = torch.randint(case.model.vocab_size, (case.batch, case.seq_len + 1), generator=generator)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def batch_of(case: Case, rank: int, world: int) -> tuple[Tensor, Tensor]:
+    """The part of `make_batch` that `rank` of `world` reads: [B / world, S] each."""
+    share = case.batch // world
+    inputs_BS, targets_BS = make_batch(case)
+    return inputs_BS[rank * share :][:share], targets_BS[rank * share :][:share]

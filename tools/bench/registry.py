@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 BENCHMARKS = {
     "train": "tokens/s of a training step against other MoE implementations",
+    "train-ranks": "tokens/s on one and two ranks, and how they scale, against other MoE implementations",
     "parity": "the same losses and gradient norms at every (expert, data) layout",
     "layout-memory": "bytes of every rank at every layout, beside what the planner says",
     "kernels": "the MoE layer alone, forward and backward, against other implementations and its floor",

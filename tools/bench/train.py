@@ -1,7 +1,8 @@
 """Benchmark `train`: tokens/s on CPU of forward, backward and optimizer step, against other implementations.
 
-Same weights, same batch, same optimizer, all contenders taking turns. A contender is timed only after its
-first loss and gradient norm agree with the reference's: no number comes from a model that computes something else.
+Same weights, same batch, same optimizer, all contenders taking turns, in fp32 and in bf16 over fp32 weights. A
+contender is timed only after its first loss and gradient norm agree with those of the reference in fp32: no number
+comes from a model that computes something else.
 """
 
 from __future__ import annotations
@@ -13,20 +14,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from ...launch.errors import UserError
-from .cases import Case, cases
+from .agreement import DISAGREES, Difference, compare, expected_of
+from .cases import Case, cases, in_both_dtypes
 from .interleave import Timings, interleave
-from .machine import use_the_machine
+from .machine import bf16_notes, use_the_machine
 from .outside import outside_share
-from .peers.roster import ENTRIES, OURS, REFERENCE, Contender, Entry, LeftOut, start
+from .peers.roster import ENTRIES, OURS, Contender, Entry, LeftOut, start
 from .report import Goal, Report, Row, at_least, at_most, environment
 
-LOSS_TOLERANCE = 1e-4
-"""Largest relative difference of the first batch's loss ..."""
-NORM_TOLERANCE = 1e-3
-"""... and of its gradient norm."""
 HEADINGS = {
     "case": "case",
+    "dtype": "dtype",
     "contender": "contender",
     "tokens_per_second": "tokens/s",
     "wastenot_speedup": "wastenot is x times as fast",
@@ -47,8 +45,7 @@ class Checked:
     """None where it was left out or disagreed."""
     why_not: str
     loss: float | None
-    loss_difference: float | None
-    norm_difference: float | None
+    difference: Difference | None
 
 
 def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
@@ -56,21 +53,22 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
     use_the_machine()
     rows: list[Row] = []
     goals: list[Goal] = []
-    for case in cases(quick):
+    for case in in_both_dtypes(cases(quick)):
         case_rows, case_goals = run_case(
             case,
             ENTRIES,
             rounds=9 if quick else 21,
             warmup=2,
-            budget_s=100 if quick else 600,
-            say=lambda text, case=case: say(f"{case.name}: {text}"),
+            budget_s=20 if quick else 90,
+            say=lambda text, case=case: say(f"{case}: {text}"),
         )
         rows += case_rows
         goals += case_goals
         gc.collect()
     packages = [entry.distribution for entry in ENTRIES if entry.distribution]
     notes = [
-        "fp32 on CPU with every core; every contender allocates memory as wastenot's trainer does",
+        "CPU with every core; every contender allocates memory as wastenot's trainer does",
+        *bf16_notes(),
         "megatron-core runs through a CPU shim, in a process of its own",
         "transformers' batched_mm is not a contender: it copies the expert matrices once per routed token",
     ]
@@ -116,37 +114,28 @@ def run_case(
 
 
 def _check(case: Case, entries: tuple[Entry, ...], release: ExitStack, say: Callable[[str], None]) -> list[Checked]:
-    # The reference goes first: the others are held against it.
-    ordered = sorted(entries, key=lambda entry: entry.name != REFERENCE)
-    expected: tuple[float, float] | None = None
-    checked: dict[str, Checked] = {}
-    for entry in ordered:
+    expected = expected_of(case, "train")
+    checked: list[Checked] = []
+    for entry in entries:
         say(f"building {entry.name}")
         try:
             contender = start(entry, case)
         except LeftOut as reason:
-            if expected is None:
-                raise UserError(f"bench train: {entry.name} is the reference, and it cannot run: {reason}") from None
-            checked[entry.name] = Checked(entry, None, f"left out: {reason}", None, None, None)
+            checked.append(Checked(entry, None, f"left out: {reason}", None, None))
             continue
         release.callback(contender.close)
-        loss, norm = contender.probe()
-        expected = expected or (loss, norm)
-        loss_difference = abs(loss - expected[0]) / expected[0]
-        norm_difference = abs(norm - expected[1]) / expected[1]
-        # Written so that a NaN disagrees.
-        agrees = loss_difference <= LOSS_TOLERANCE and norm_difference <= NORM_TOLERANCE
-        why_not = "" if agrees else "not timed: it computes something else than the reference"
-        checked[entry.name] = Checked(
-            entry, contender if agrees else None, why_not, loss, loss_difference, norm_difference
-        )
-    return [checked[entry.name] for entry in entries]
+        found = contender.probe()
+        difference = compare(found, expected, case.dtype)
+        agrees = difference.agrees
+        checked.append(Checked(entry, contender if agrees else None, "" if agrees else DISAGREES, found[0], difference))
+    return checked
 
 
 def _row(case: Case, it: Checked, timings: Timings, outside: Mapping[str, float]) -> Row:
     name = it.entry.name
     row: dict[str, Any] = {
         "case": case.name,
+        "dtype": case.dtype,
         "contender": name,
         "rounds": None,
         "tokens_per_second": None,
@@ -155,8 +144,8 @@ def _row(case: Case, it: Checked, timings: Timings, outside: Mapping[str, float]
         "wastenot_speedup_quartiles": None,
         "outside_share": outside.get(name),
         "loss": it.loss,
-        "loss_difference": it.loss_difference,
-        "grad_norm_difference": it.norm_difference,
+        "loss_difference": it.difference and it.difference.loss,
+        "grad_norm_difference": it.difference and it.difference.norm,
         "why_not": it.why_not or None,
     }
     if it.contender is None:
@@ -180,13 +169,13 @@ def _goals(case: Case, checked: list[Checked], timings: Timings, outside: Mappin
     best = min(ratios, key=lambda name: ratios[name], default=None)
     return [
         at_least(
-            f"{case.name}: speed of wastenot relative to the best peer" + (f" ({best})" if best else ""),
+            f"{case}: speed of wastenot relative to the best peer" + (f" ({best})" if best else ""),
             ratios[best] if best else None,
             GOAL_RATIO,
         ),
-        at_least(f"{case.name}: peers measured, of {len(peers)}", len(ratios), len(peers)),
+        at_least(f"{case}: peers measured, of {len(peers)}", len(ratios), len(peers)),
         at_most(
-            f"{case.name}: part of wastenot's step outside matrix products and attention",
+            f"{case}: part of wastenot's step outside matrix products and attention",
             outside.get(OURS),
             GOAL_OUTSIDE,
         ),

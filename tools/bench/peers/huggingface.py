@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from ..cases import Case, expert_stacks
+from ..cases import Case, batch_of, expert_stacks
 from ..layer_cases import LayerCase, LayerWeights
 from ..layer_step import PeerLayer, whole
-from ..step import token_loss
+from ..step import TrainingStep, token_loss
+from .remote import Place
 
 
 class Mixtral(nn.Module):
@@ -26,7 +28,10 @@ class Mixtral(nn.Module):
 
 
 def build(case: Case, weights: dict[str, Tensor], *, experts: str) -> Mixtral:
-    """Mixtral of `case` with `experts` = `eager` (a loop over experts) or `grouped_mm`, attention by SDPA."""
+    """Mixtral of `case` with `experts` = `eager` (a loop over experts) or `grouped_mm`, attention by SDPA.
+
+    In bf16 `grouped_mm` has bf16 weights: it multiplies in the dtype of its weights, whatever autocast says.
+    """
     model = MixtralForCausalLM(_config(case, attn_implementation="sdpa", experts_implementation=experts))
     assert case.model.moe is not None
     state = {name.replace(".block_sparse_moe.", ".mlp."): w for name, w in weights.items() if ".experts." not in name}
@@ -35,7 +40,17 @@ def build(case: Case, weights: dict[str, Tensor], *, experts: str) -> Mixtral:
         state[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = gate_up_EGD
         state[f"model.layers.{layer}.mlp.experts.down_proj"] = down_EDF
     model.load_state_dict(state)
+    if case.dtype == "bf16" and experts == "grouped_mm":
+        # Not `model.to`: frequencies of the positions stay in fp32, as they do in a checkpoint loaded in bf16.
+        for p in model.parameters():
+            p.data = p.data.bfloat16()
     return Mixtral(model)
+
+
+def build_rank(case: Case, weights: dict[str, Tensor], place: Place, *, experts: str) -> TrainingStep:
+    """The decoder of `case` on one of several ranks that each hold all of it, in torch's DistributedDataParallel."""
+    model = DistributedDataParallel(build(case, weights, experts=experts), gradient_as_bucket_view=True)
+    return TrainingStep(model, *batch_of(case, place.rank, place.world), case.dtype)
 
 
 def build_layer(case: LayerCase, weights: LayerWeights, *, experts: str) -> PeerLayer:

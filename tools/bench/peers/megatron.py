@@ -15,25 +15,27 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cases import Case, expert_stacks
-from ..layer_cases import LayerCase, LayerWeights
+from ..cases import Case, batch_of, expert_stacks
+from ..layer_cases import DTYPES, LayerCase, LayerWeights
 from ..layer_step import PeerLayer, gradient_of
-from ..step import token_loss
+from ..step import TrainingStep, token_loss
+from .remote import Place
 
-SHIM = Path(__file__).parents[3] / "tests" / "megatron_cpu_shim.py"
+SHIM = Path(__file__).resolve().parents[3] / "tests" / "megatron_cpu_shim.py"
 
 
 class Megatron(nn.Module):
     """GPTModel that takes tokens and answers with its loss; positions and mask are made once."""
 
-    def __init__(self, model: nn.Module, batch: int, seq_len: int) -> None:
+    def __init__(self, model: nn.Module, seq_len: int) -> None:
         super().__init__()
         self.model = model
-        self.positions_BS = torch.arange(seq_len).expand(batch, -1)
+        self.positions_1S = torch.arange(seq_len).unsqueeze(0)
         self.masked_11SS = torch.ones(1, 1, seq_len, seq_len, dtype=torch.bool).triu(1)
 
     def forward(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
-        return token_loss(self.model(inputs_BS, self.positions_BS, self.masked_11SS), targets_BS)
+        positions_BS = self.positions_1S.expand(len(inputs_BS), -1)
+        return token_loss(self.model(inputs_BS, positions_BS, self.masked_11SS), targets_BS)
 
 
 def missing() -> str:
@@ -42,7 +44,10 @@ def missing() -> str:
 
 
 def build(case: Case, weights: dict[str, Tensor]) -> Megatron:
-    """The decoder of `case`. Patches this process for good, and starts a process group of one."""
+    """The decoder of `case`, its experts shared by all ranks. Patches this process for good.
+
+    Starts a process group of one where there is none.
+    """
     shim = _start()
     from megatron.core import tensor_parallel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -51,7 +56,7 @@ def build(case: Case, weights: dict[str, Tensor]) -> Megatron:
     shape = case.model.moe
     assert shape is not None
     config = _config(
-        torch.float32,
+        DTYPES[case.dtype],
         num_layers=case.model.layers,
         hidden_size=case.model.d_model,
         num_attention_heads=case.model.heads,
@@ -74,7 +79,34 @@ def build(case: Case, weights: dict[str, Tensor]) -> Megatron:
             share_embeddings_and_output_weights=False,
         )
     _load(model, _state(case, weights))
-    return Megatron(model, case.batch, case.seq_len)
+    return Megatron(model, case.seq_len)
+
+
+def build_rank(case: Case, weights: dict[str, Tensor], place: Place) -> TrainingStep:
+    """The decoder of `case` on one of several ranks, which share its experts, in Megatron's DistributedDataParallel."""
+    model = build(case, weights)
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    with _load_shim().devices_on_cpu():
+        shared = DistributedDataParallel(
+            model.model.config, DistributedDataParallelConfig(overlap_grad_reduce=True), model.model
+        )
+    model.model = shared
+
+    def backward(loss: Tensor) -> None:
+        shared.zero_grad_buffer()
+        loss.backward()
+        shared.finish_grad_sync()
+        for p in shared.parameters():
+            p.grad = p.main_grad
+
+    return TrainingStep(
+        model,
+        *batch_of(case, place.rank, place.world),
+        case.dtype,
+        backward=backward,
+        is_local=lambda p: not getattr(p, "allreduce", True),
+    )
 
 
 def build_layer(case: LayerCase, weights: LayerWeights) -> PeerLayer:
@@ -113,14 +145,15 @@ def build_layer(case: LayerCase, weights: LayerWeights) -> PeerLayer:
 
 
 def _start() -> Any:
-    """Patches this process, and starts a process group of one; gives the shim."""
+    """Patches this process, and starts a process group of one where there is none; gives the shim."""
     shim = _load_shim()
     shim.install()
     from megatron.core import parallel_state
 
-    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+    if not dist.is_initialized():
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
     return shim
 
 
@@ -130,6 +163,7 @@ def _config(dtype: torch.dtype, **shape: Any) -> Any:
 
     return TransformerConfig(
         **shape,
+        expert_model_parallel_size=dist.get_world_size(),
         moe_ffn_hidden_size=shape["ffn_hidden_size"],
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type="alltoall",
@@ -183,7 +217,10 @@ def _state(case: Case, weights: dict[str, Tensor]) -> dict[str, Tensor]:
             f"{theirs}.pre_mlp_layernorm.weight": weights[f"{ours}.post_attention_layernorm.weight"],
             f"{theirs}.mlp.router.weight": weights[f"{ours}.block_sparse_moe.gate.weight"],
         }
-        state |= _expert_state(f"{theirs}.mlp.experts", *expert_stacks(weights, number, shape.experts))
+        stacks = expert_stacks(weights, number, shape.experts)
+        # This rank's.
+        held = (stack.chunk(dist.get_world_size())[dist.get_rank()] for stack in stacks)
+        state |= _expert_state(f"{theirs}.mlp.experts", *held)
     return state
 
 

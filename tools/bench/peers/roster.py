@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Protocol
 
+import torch.distributed as dist
+
+from ....launch.rendezvous import interface_of
 from ..cases import Case, make_batch, make_weights
 from ..step import TrainingStep
-from .remote import Remote
+from .remote import Place, Remote
 
 
 class Contender(Protocol):
@@ -53,6 +57,8 @@ class Entry:
     """In which it computes what it is asked to."""
     own_process: bool = False
     """It patches the process it runs in."""
+    own_runtime: bool = False
+    """It steps on one rank through the same code as on several."""
     in_profile: bool = False
     """Also measured op by op."""
 
@@ -62,7 +68,7 @@ REFERENCE = "transformers eager"
 """The plainest implementation: its loss and gradient norm are those that the others must meet."""
 
 ENTRIES = (
-    Entry(name=OURS, module="own", in_profile=True),
+    Entry(name=OURS, module="own", own_runtime=True, in_profile=True),
     Entry(
         name=REFERENCE,
         module="huggingface",
@@ -100,7 +106,21 @@ def start(entry: Entry, case: Case) -> Contender:
 
 def make_step(entry: Entry, case: Case) -> TrainingStep:
     """The contender, in this process."""
-    return TrainingStep(peer_of(entry).build(case, make_weights(case), **entry.options), *make_batch(case))
+    model = peer_of(entry).build(case, make_weights(case), **entry.options)
+    return TrainingStep(model, *make_batch(case), case.dtype)
+
+
+def make_rank(entry: Entry, case: Case, place: Place) -> Contender:
+    """The contender's part on this rank, in this process and for good on its core."""
+    os.sched_setaffinity(0, {place.core})
+    if place.world == 1 and not entry.own_runtime:
+        return make_step(entry, case)
+    if (interface := interface_of("127.0.0.1")) is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    if place.world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{place.store}", rank=place.rank, world_size=place.world)
+    peer = peer_of(entry)
+    return peer.build_rank(case, make_weights(case), place, **entry.options)
 
 
 def peer_of(entry: Entry) -> ModuleType:
