@@ -50,7 +50,7 @@ def test_every_registered_benchmark_runs_by_the_same_call(name):
 
 
 def test_unknown_benchmark_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'trane'.*train, parity"):
+    with pytest.raises(ValueError, match=r"'trane'.*train, train-ranks, parity"):
         registry.load("trane")
 
 
