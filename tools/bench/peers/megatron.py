@@ -87,9 +87,10 @@ def build_rank(case: Case, weights: dict[str, Tensor], place: Place) -> Training
     model = build(case, weights)
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+    whole: Any = model.model
     with _load_shim().devices_on_cpu():
-        shared = DistributedDataParallel(
-            model.model.config, DistributedDataParallelConfig(overlap_grad_reduce=True), model.model
+        shared: Any = DistributedDataParallel(
+            whole.config, DistributedDataParallelConfig(overlap_grad_reduce=True), whole
         )
     model.model = shared
 
