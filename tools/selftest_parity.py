@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from ..parallel.config import ParallelConfig
 from ..parallel.events import Recorder
 from ..parallel.gradients import Gradients
 from ..parallel.mesh import Mesh, make_mesh, single
+from .random_tokens import RandomTokens
 
 STEPS = 2
 BOUND = 1e-9
@@ -85,18 +87,6 @@ def _config(layout: ParallelConfig, world: int) -> TrainConfig:
     )
 
 
-class _Drawn:
-    """Windows of tokens; number i is drawn from seed i."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self._vocab, self._length = config.model.vocab_size, config.data.seq_len + 1
-
-    def take(self, first: int, count: int) -> np.ndarray:
-        """Windows [count, seq_len + 1] from number `first` on."""
-        draw = (np.random.default_rng(first + i).integers(0, self._vocab, self._length) for i in range(count))
-        return np.stack(list(draw))
-
-
 def _train(config: TrainConfig, mesh: Mesh) -> np.ndarray:
     """Losses and gradient norms [steps, 2]."""
     model = build_decoder(
@@ -108,6 +98,7 @@ def _train(config: TrainConfig, mesh: Mesh) -> np.ndarray:
         stages=stages_of(config, mesh),
     )
     optimizer, gradients = make_optimizer(model, config.optimizer), Gradients(model, mesh, 20_000)
-    stepper = make_stepper(config, mesh, model, optimizer, gradients, _Drawn(config))  # pyright: ignore[reportArgumentType]
+    samples: Any = RandomTokens(config.model.vocab_size, config.data.seq_len)
+    stepper = make_stepper(config, mesh, model, optimizer, gradients, samples)
     results = [stepper.step(step, step * config.train.batch, stop=False) for step in range(STEPS)]
     return np.array([(result.loss, result.grad_norm) for result in results])

@@ -6,7 +6,6 @@ import math
 import os
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from wastenot.launch.config import (
@@ -24,6 +23,7 @@ from wastenot.moe.decoder import Decoder, build_decoder
 from wastenot.moe.ledger import SLOTS
 from wastenot.parallel.gradients import Gradients
 from wastenot.parallel.mesh import single
+from wastenot.tools.random_tokens import RandomTokens
 
 FULL = os.environ.get("WASTENOT_GRID") == "full"
 STEPS = 500 if FULL else 25
@@ -52,13 +52,6 @@ GRID = {
 }
 
 
-class RandomWindows:
-    """Sample i is drawn from seed i."""
-
-    def take(self, first: int, count: int) -> np.ndarray:
-        return np.stack([np.random.default_rng(i).integers(0, 31, 9) for i in range(first, first + count)])
-
-
 def train(router: RouterConfig, dispatch: str) -> tuple[list[StepResult], Decoder]:
     config = TrainConfig(
         model=ModelConfig(
@@ -78,7 +71,7 @@ def train(router: RouterConfig, dispatch: str) -> tuple[list[StepResult], Decode
     )
     model = build_decoder(config.model, router, single())
     optimizer = make_optimizer(model, config.optimizer)
-    stepper = Stepper(config, single(), model, optimizer, Gradients(model, single(), 2**20), RandomWindows())  # pyright: ignore[reportArgumentType]
+    stepper = Stepper(config, single(), model, optimizer, Gradients(model, single(), 2**20), RandomTokens(31, 8))  # pyright: ignore[reportArgumentType]
     return [stepper.step(step, 4 * step, stop=False) for step in range(STEPS)], model
 
 

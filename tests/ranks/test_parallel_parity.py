@@ -20,23 +20,11 @@ from wastenot.moe.decoder import build_decoder
 from wastenot.parallel.config import ParallelConfig
 from wastenot.parallel.gradients import Gradients
 from wastenot.parallel.mesh import make_mesh, single
+from wastenot.tools.random_tokens import RandomTokens
 
 FULL = os.environ.get("WASTENOT_GRID") == "full"
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (4, 1)]
 STEPS = 30 if FULL else 5
-
-
-class RandomWindows:
-    """Samples without a corpus: window i is drawn from seed i."""
-
-    def __init__(self, vocab_size: int, seq_len: int) -> None:
-        self.vocab_size, self.seq_len = vocab_size, seq_len
-
-    def take(self, first: int, count: int) -> np.ndarray:
-        rows = [
-            np.random.default_rng(i).integers(0, self.vocab_size, self.seq_len + 1) for i in range(first, first + count)
-        ]
-        return np.stack(rows)
 
 
 def config(router: RouterConfig, precision: str, **moe) -> TrainConfig:
@@ -66,7 +54,7 @@ def train(rank: int, world: int, settings: TrainConfig, expert: int, piece_bytes
     mesh = single() if world == 1 else make_mesh(ParallelConfig(expert=expert), "cpu")
     dtype = weight_dtype(settings.train.precision)
     model = build_decoder(settings.model, settings.router, mesh, dtype=dtype, piece_bytes=piece_bytes)
-    windows = RandomWindows(settings.model.vocab_size, settings.data.seq_len)
+    windows = RandomTokens(settings.model.vocab_size, settings.data.seq_len)
     # Small buckets, so that several are in flight at once.
     gradients = Gradients(model, mesh, bucket_bytes=20_000)
     stepper = Stepper(settings, mesh, model, make_optimizer(model, settings.optimizer), gradients, windows)  # pyright: ignore[reportArgumentType]

@@ -17,7 +17,6 @@ import torch
 import yaml
 from real_runs import TINY, finish, last_step, log_dir, losses, start, summary
 from spawned import run_ranks
-from test_parallel_parity import RandomWindows
 from torch import Tensor
 
 from wastenot.launch.config import DataConfig, LogConfig, LoopConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -42,6 +41,7 @@ from wastenot.parallel.gradients import Gradients
 from wastenot.parallel.manifest import read_manifest
 from wastenot.parallel.mesh import Mesh, make_mesh
 from wastenot.parallel.training_state import load_training_state, training_state
+from wastenot.tools.random_tokens import RandomTokens
 
 STEPS = 3
 SINGLE = ("gpipe", "1f1b", "zb-h1")
@@ -92,7 +92,7 @@ def stepper_of(settings: TrainConfig, mesh: Mesh) -> Stepper:
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
     dtype = weight_dtype(settings.train.precision)
     model = build_decoder(settings.model, settings.router, mesh, dtype=dtype, stages=stages_of(settings, mesh))
-    windows = RandomWindows(settings.model.vocab_size, settings.data.seq_len)
+    windows = RandomTokens(settings.model.vocab_size, settings.data.seq_len)
     # Small buckets, so that several are in flight at once.
     gradients = Gradients(model, mesh, bucket_bytes=20_000)
     return make_stepper(settings, mesh, model, make_optimizer(model, settings.optimizer), gradients, windows)  # pyright: ignore[reportArgumentType]

@@ -13,7 +13,7 @@ import torch
 import yaml
 from real_runs import TINY, finish, log_dir, losses, start
 from spawned import run_ranks
-from test_parallel_parity import RandomWindows, config
+from test_parallel_parity import config
 from torch import Tensor
 
 from wastenot.launch.config import TrainConfig
@@ -27,7 +27,9 @@ from wastenot.parallel import recompute
 from wastenot.parallel.config import ParallelConfig, RecomputeConfig
 from wastenot.parallel.gradients import Gradients
 from wastenot.parallel.mesh import Mesh, make_mesh, single
+from wastenot.parallel.tensor import local
 from wastenot.tools.bench.memory import peak_bytes, saved_for_backward
+from wastenot.tools.random_tokens import RandomTokens
 
 MODES = ("none", "selective", "full")
 SPLIT = ("zb-h1", "dualpipev")
@@ -96,11 +98,6 @@ def model_of(settings: TrainConfig, mode: str, mesh: Mesh) -> Decoder:
     )
 
 
-def own(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def train(settings: TrainConfig, mode: str) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
     """All that the steps come to on this rank, and what it made travel."""
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
@@ -108,7 +105,7 @@ def train(settings: TrainConfig, mode: str) -> tuple[dict[str, Tensor], list[tup
     layout = settings.parallel
     mesh = make_mesh(layout, "cpu", heard) if layout.world() > 1 else single(recorder=heard)
     model = model_of(settings, mode, mesh)
-    windows = RandomWindows(settings.model.vocab_size, settings.data.seq_len)
+    windows = RandomTokens(settings.model.vocab_size, settings.data.seq_len)
     # Small buckets, so that several are in flight at once.
     gradients = Gradients(model, mesh, bucket_bytes=20_000)
     optimizer = make_optimizer(model, settings.optimizer)
@@ -121,9 +118,9 @@ def train(settings: TrainConfig, mode: str) -> tuple[dict[str, Tensor], list[tup
         found |= {f"numbers {step}": torch.tensor(numbers, dtype=torch.float64)}
         found |= {f"counts {step}": result.counts, f"own counts {step}": result.local_counts}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        found[name] = own(tensor)
+        found[name] = local(tensor.detach())
         if tensor.grad is not None:
-            found[f"gradient of {name}"] = own(tensor.grad)
+            found[f"gradient of {name}"] = local(tensor.grad)
     return found, heard.entered
 
 

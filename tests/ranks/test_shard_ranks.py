@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from spawned import run_ranks
-from test_parallel_parity import CASES, RandomWindows, config
+from test_parallel_parity import CASES, config
 from torch import Tensor
 
 from wastenot.launch.config import OptimizerConfig, TrainConfig
@@ -33,7 +33,9 @@ from wastenot.parallel.expert import expert_parameter_names
 from wastenot.parallel.gradients import Gradients
 from wastenot.parallel.manifest import read_manifest
 from wastenot.parallel.mesh import Mesh, make_mesh, single
+from wastenot.parallel.tensor import local
 from wastenot.parallel.training_state import load_training_state, training_state
+from wastenot.tools.random_tokens import RandomTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*factors of the largest rank")
 
@@ -82,7 +84,7 @@ def stepper_of(settings: TrainConfig, mesh: Mesh) -> Stepper:
         compute_dtype=gathered_in(precision),
         stages=stages_of(settings, mesh),
     )
-    windows = RandomWindows(settings.model.vocab_size, settings.data.seq_len)
+    windows = RandomTokens(settings.model.vocab_size, settings.data.seq_len)
     # Small buckets, so that several are in flight at once.
     gradients = Gradients(model, mesh, bucket_bytes=20_000)
     return make_stepper(settings, mesh, model, make_optimizer(model, settings.optimizer), gradients, windows)  # pyright: ignore[reportArgumentType]
@@ -105,10 +107,6 @@ def state_of(stepper: Stepper, optimizer: bool = True) -> dict[str, Tensor]:
 
 def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def train(rank: int, world: int, settings: TrainConfig, layout: ParallelConfig):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from spawned import run_ranks
-from test_parallel_parity import RandomWindows
 
 from wastenot.kernels.cross_entropy.naive import linear_cross_entropy
 from wastenot.launch.config import DataConfig, LogConfig, LoopConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -33,6 +32,7 @@ from wastenot.parallel.manifest import read_manifest
 from wastenot.parallel.mesh import Mesh, make_mesh, single
 from wastenot.parallel.tensor import cut, local, streams, tensor_parameters
 from wastenot.parallel.training_state import load_training_state, training_state
+from wastenot.tools.random_tokens import RandomTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*factors of the largest rank")
 
@@ -90,7 +90,7 @@ class Run:
             self.done = load_training_state(start, self.model, self.optimizer, mesh, self.is_expert)["step"]
         # Small buckets, so that several are in flight at once.
         gradients = Gradients(self.model, mesh, bucket_bytes=20_000)
-        windows: Any = RandomWindows(model.vocab_size, settings.data.seq_len)
+        windows: Any = RandomTokens(model.vocab_size, settings.data.seq_len)
         self.stepper = Stepper(settings, mesh, self.model, self.optimizer, gradients, windows)
 
     def train(self, steps: int) -> list[tuple[float, ...]]:

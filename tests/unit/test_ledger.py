@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,6 +29,7 @@ from wastenot.moe.routing import Routing, StandIns
 from wastenot.parallel.gradients import Gradients
 from wastenot.parallel.mesh import single
 from wastenot.parallel.stopwatch import StreamWait
+from wastenot.tools.random_tokens import RandomTokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -402,13 +402,6 @@ def test_what_a_killed_session_did_beyond_its_checkpoint_is_not_counted_twice(tm
         assert account[name] == uninterrupted[name], name
 
 
-class RandomWindows:
-    """Sample i is drawn from seed i."""
-
-    def take(self, first: int, count: int) -> np.ndarray:
-        return np.stack([np.random.default_rng(i).integers(0, 31, 9) for i in range(first, first + count)])
-
-
 def first_step(
     router: RouterConfig, accumulate: int = 1, recomputed: bool = False, spoiled: bool = False
 ) -> StepResult:
@@ -433,7 +426,7 @@ def first_step(
     if spoiled:
         torch.nn.init.constant_(model.get_parameter("blocks.0.ffn.router.weight"), torch.nan)
     gradients = Gradients(model, single(), 2**20)
-    stepper = Stepper(config, single(), model, make_optimizer(model, config.optimizer), gradients, RandomWindows())  # pyright: ignore[reportArgumentType]
+    stepper = Stepper(config, single(), model, make_optimizer(model, config.optimizer), gradients, RandomTokens(31, 8))  # pyright: ignore[reportArgumentType]
     return stepper.step(0, 0, stop=False)
 
 

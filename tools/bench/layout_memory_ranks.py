@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,22 +32,11 @@ from ...moe.decoder import build_decoder
 from ...parallel.gradients import Gradients
 from ...parallel.mesh import Mesh, make_mesh
 from ...parallel.tensor import local
+from ..random_tokens import RandomTokens
 from .memory import peak_bytes
 
 WARM_UP = 1
 """Steps before the one that is counted: they make the optimizer's state."""
-
-
-class RandomTokens:
-    """Samples of evenly drawn tokens, by which a fresh router's load is even: what it is in text no planner knows."""
-
-    def __init__(self, vocab: int, seq_len: int) -> None:
-        self.vocab, self.seq_len = vocab, seq_len
-
-    def take(self, first: int, count: int) -> np.ndarray:
-        """As `launch.data.Samples.take`."""
-        windows = (np.random.default_rng(first + i).integers(self.vocab, size=self.seq_len + 1) for i in range(count))
-        return np.stack(list(windows))
 
 
 def bytes_of(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
