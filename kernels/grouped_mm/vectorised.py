@@ -8,14 +8,12 @@ from torch import Tensor
 
 from ..dispatch.vectorised import permute
 
-_FEW = 16
-"""Rows: that many are multiplied in the time in which a matrix is read."""
-_SMALL = 2**19
-"""Elements of a matrix in bf16: a grouped product of such takes longer to start than to compute."""
-_PADDING = 1.4
-"""Rows with padding over rows that are still worth it then."""
+_FEW = {torch.float32: 16, torch.bfloat16: 64}
+"""Rows of the longest group, up to which one batched product is faster than one by one on CPUs."""
 _USED = 0.75
 """Part of the experts that must have rows: one batched product reads the matrices of all."""
+_ROUND = 32
+"""Rows: in bf16, groups are padded to whole multiples, so that products of few shapes serve all routings."""
 
 
 def supported(x_RD: Tensor, *weights: Tensor) -> bool:
@@ -27,44 +25,50 @@ def supported(x_RD: Tensor, *weights: Tensor) -> bool:
 
 def grouped_swiglu(x_RD: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, offsets_e: Tensor) -> Tensor:
     """As `naive.grouped_swiglu`, where `supported`."""
-    longest = _batched_length(x_RD, gate_up_e2FD, offsets_e)
-    if longest is None:
+    sizes = _sizes(x_RD, offsets_e)
+    longest = _batched_length(sizes, x_RD.dtype)
+    if longest is not None:
+        lengths_e, ends_e = torch.full_like(offsets_e, longest, dtype=torch.int64), None
+    elif sizes and x_RD.dtype is torch.bfloat16:
+        lengths_e = torch.tensor([-(-size // _ROUND) * _ROUND for size in sizes])
+        ends_e = lengths_e.cumsum(0, dtype=offsets_e.dtype)
+    else:
         return _experts(x_RD, gate_up_e2FD, down_eDF, offsets_e)
-    source_N, position_R1 = _batches(offsets_e, x_RD.size(0), longest)
-    x_eCD = permute(x_RD, source_N, position_R1).view(-1, longest, x_RD.size(1))
-    y_ND = _experts(x_eCD, gate_up_e2FD, down_eDF, None).flatten(0, 1)
+    source_N, position_R1 = _places(offsets_e, lengths_e, x_RD.size(0))
+    x_ND = permute(x_RD, source_N, position_R1)
+    x = x_ND if longest is None else x_ND.view(-1, longest, x_RD.size(1))
+    y_ND = _experts(x, gate_up_e2FD, down_eDF, ends_e).view(-1, x_RD.size(1))
     return permute(y_ND, position_R1.view(-1), source_N.unsqueeze(1), may_be_empty=False)
 
 
-def _batched_length(x_RD: Tensor, gate_up_e2FD: Tensor, offsets_e: Tensor) -> int | None:
+def _sizes(x_RD: Tensor, offsets_e: Tensor) -> list[int]:
+    """Rows of each group; none on a GPU and in a graph that is compiled, where lengths must not be read."""
+    if x_RD.device.type != "cpu" or torch.compiler.is_compiling() or type(offsets_e) is not Tensor:
+        return []
+    ends = offsets_e.tolist()
+    return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _batched_length(sizes: list[int], dtype: torch.dtype) -> int | None:
     """Rows of the longest group, where one batched product of groups padded to it is faster than a grouped one.
 
-    So it is on CPUs for few rows and for small matrices in bf16, by what `wastenot bench kernels` measures. None
-    elsewhere, and in a graph that is compiled, which must not read lengths.
+    Measured: a matrix is read in the time in which a few rows are multiplied, and a product takes time to start.
     """
-    if x_RD.device.type != "cpu" or torch.compiler.is_compiling() or type(offsets_e) is not Tensor:
-        return None
-    ends = offsets_e.tolist()
-    sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    longest, experts = max(sizes, default=0), len(sizes)
-    if longest == 0 or experts - sizes.count(0) < _USED * experts:
-        return None
-    small = gate_up_e2FD[0].numel() <= _SMALL
-    pays = {
-        torch.float32: longest <= _FEW,
-        torch.bfloat16: small and (longest <= _FEW or longest * experts <= _PADDING * ends[-1]),
-    }
-    return longest if pays.get(x_RD.dtype) else None
+    longest, used = max(sizes, default=0), len(sizes) - sizes.count(0)
+    return longest if 0 < longest <= _FEW.get(dtype, 0) and used >= _USED * len(sizes) else None
 
 
-def _batches(offsets_e: Tensor, num_rows: int, longest: int) -> tuple[Tensor, Tensor]:
-    """Row of each place among e groups of `longest`, -1 where there is none, and place of each row [R, 1]; int64."""
+def _places(offsets_e: Tensor, lengths_e: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Where rows lie once group e has `lengths_e` of them (int64), zeros at its end.
+
+    Row of each place [N], -1 where there is none, and place of each row [R, 1]; int64.
+    """
     ends_e = offsets_e.long()
     row_R = torch.arange(num_rows)
     group_R = torch.searchsorted(ends_e, row_R, right=True)
-    starts_e = torch.cat([ends_e.new_zeros(1), ends_e[:-1]])
-    position_R = row_R - starts_e[group_R] + group_R * longest
-    source_N = torch.full((ends_e.numel() * longest,), -1).scatter_(0, position_R, row_R)
+    shift_e = (lengths_e.cumsum(0) - lengths_e) - (ends_e - ends_e.diff(prepend=ends_e.new_zeros(1)))
+    position_R = row_R + shift_e[group_R]
+    source_N = torch.full((int(lengths_e.sum()),), -1).scatter_(0, position_R, row_R)
     return source_N, position_R.unsqueeze(1)
 
 

@@ -211,7 +211,7 @@ def test_reorder_and_its_gradient_equal_reference(rows, seed):
     assert gradients(fast, x)[0].equal(gradients(plain, x)[0])
 
 
-GROUPS = [[0], [5], [3, 0, 4], [0, 0, 9], [1] * 16, [2, 5, 0, 3], [1, 16, 2, 9], [40, 30], [63, 0, 1, 100]]
+GROUPS = [[0], [5], [3, 0, 4], [0, 0, 9], [1] * 16, [2, 5, 0, 3], [1, 16, 2, 9], [40, 30], [64, 96], [63, 0, 1, 100]]
 
 
 @pytest.mark.parametrize("sizes_e", GROUPS)
