@@ -78,7 +78,7 @@ def timings():
 def test_rows_hold_speed_and_scaling(timings):
     case = tiny()
     agrees = Difference(loss=1e-6, norm=1e-5, agrees=True)
-    ours = row_of(case, Checked(entry(OURS), loss=4.0, difference=agrees), timings)
+    ours = row_of(case, Checked(entry(OURS), loss=4.0, difference=agrees, timings=timings))
     # 32 tokens on a rank in the median of 1 and 2 seconds, 64 on two in that of 1.25 and 2.5.
     assert ours["tokens_per_second_1_rank"] == pytest.approx(32 / 1.5)
     assert ours["tokens_per_second_2_ranks"] == pytest.approx(64 / 1.875)
@@ -86,15 +86,16 @@ def test_rows_hold_speed_and_scaling(timings):
     assert ours["scaling_without_communication"] == pytest.approx(1 / 1.1)
     assert ours["scaling_of_possible"] == pytest.approx(1.1 / 1.25)
     assert ours["strong_scaling"] == pytest.approx(1 / 0.625 / 2)
-    theirs = row_of(case, Checked(entry(PEER), loss=4.0, difference=agrees), timings)
+    theirs = row_of(case, Checked(entry(PEER), loss=4.0, difference=agrees, timings=timings))
     assert theirs["wastenot_speedup_1_rank"] == pytest.approx(1.5)
     assert theirs["wastenot_speedup_2_ranks"] == pytest.approx(1.6)
     assert theirs["scaling"] == pytest.approx(0.75)
 
 
 def test_goals_name_the_best_peer_and_count_those_left_out(timings):
-    checked = [Checked(entry(OURS)), Checked(entry(PEER)), Checked(entry("deepspeed"), why_not="left out: no")]
-    speed, peers, scaling = goals_of(tiny(), checked, timings)
+    measured = [Checked(entry(name), timings=timings) for name in (OURS, PEER)]
+    left_out = Checked(entry("deepspeed"), why_not="left out: no")
+    speed, peers, scaling = goals_of(tiny(), [*measured, left_out])
     assert f"({PEER})" in speed.metric and speed.value == pytest.approx(1.6) and speed.met
     assert (peers.value, peers.met) == (1, False)
     assert scaling.value == pytest.approx(0.8) and not scaling.met
@@ -102,7 +103,8 @@ def test_goals_name_the_best_peer_and_count_those_left_out(timings):
 
 def test_without_us_no_goal_is_met(timings):
     theirs = Timings({name: took for name, took in timings.seconds.items() if not name.startswith(OURS)})
-    speed, _, scaling = goals_of(tiny(), [Checked(entry(OURS), why_not="wrong"), Checked(entry(PEER))], theirs)
+    checked = [Checked(entry(OURS), why_not="wrong"), Checked(entry(PEER), timings=theirs)]
+    speed, _, scaling = goals_of(tiny(), checked)
     assert (speed.value, speed.met, scaling.value, scaling.met) == (None, False, None, False)
 
 

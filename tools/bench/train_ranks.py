@@ -1,8 +1,9 @@
 """Benchmark `train-ranks`: tokens/s of a training step on one core and on two ranks with a core each, against others.
 
-The model and the tokens per rank stay the same (weak scaling). All contenders are alive in processes of their own and
-take turns. Each is timed only after its first loss and gradient norm agree with the reference's on one rank. Two
-processes that never talk, each on its core, show how far two cores of this machine scale at all.
+The model and the tokens per rank stay the same (weak scaling). wastenot takes turns with one peer after the other, each
+in processes of its own: what all together need is more than most machines have. Each is timed only after its first
+loss and gradient norm agree with the reference's on one rank. Two processes that never talk, each on its core, show how
+far two cores of this machine scale at all.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...launch import cores
@@ -75,6 +76,8 @@ class Checked:
     """Of the batch of two ranks."""
     difference: Difference | None = None
     """Of that loss, and of the gradient norm; of another of its ways where that is why it was not timed."""
+    timings: Timings = field(default_factory=lambda: Timings({}))
+    """Of its ways, and of those of wastenot that took turns with them."""
 
 
 def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
@@ -93,7 +96,7 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
             own[:WORLD],
             rounds=11 if quick else 21,
             warmup=1,
-            budget_s=30 if quick else 110,
+            budget_s=10 if quick else 25,
             say=lambda text, case=case: say(f"{case}: {text}"),
         )
         rows += case_rows
@@ -140,11 +143,21 @@ def run_case(
     """
     batches = {way.batch(case) for way in (ONE, TWO, APART, HALVES)}
     expected = {batch: expected_of(replace(case, batch=batch), "train-ranks") for batch in sorted(batches)}
-    with ExitStack() as release:
-        running: dict[str, Callable[[], float]] = {}
-        checked = [_check(case, entry, own, expected, running, release, say) for entry in entries]
-        timings = interleave(running, rounds=rounds, warmup=warmup, budget_s=budget_s, say=say)
-    return [row_of(case, it, timings) for it in checked], goals_of(case, checked, timings)
+
+    found: list[Checked] = []
+    ours: dict[str, Callable[[], float]] = {}
+    with ExitStack() as until_all:
+        for entry in sorted(entries, key=lambda entry: entry.name != OURS):
+            with ExitStack() as until_next:
+                release = until_all if entry.name == OURS else until_next
+                it, running = _check(case, entry, own, expected, release, say)
+                if running:
+                    turns = ours | running
+                    it.timings = interleave(turns, rounds=rounds, warmup=warmup, budget_s=budget_s, say=say)
+                if entry.name == OURS and running:
+                    ours = {name: running[name] for name in (key(OURS, ONE), key(OURS, TWO))}
+                found.append(it)
+    return [row_of(case, it) for it in found], goals_of(case, found)
 
 
 def key(name: str, way: Way) -> str:
@@ -152,9 +165,9 @@ def key(name: str, way: Way) -> str:
     return f"{name}: {way.name}"
 
 
-def row_of(case: Case, it: Checked, timings: Timings) -> Row:
+def row_of(case: Case, it: Checked) -> Row:
     """What was measured of one contender; `case` is that of one rank."""
-    name = it.entry.name
+    name, timings = it.entry.name, it.timings
     one, two = key(name, ONE), key(name, TWO)
     row: dict[str, Any] = {
         "case": case.name,
@@ -188,23 +201,27 @@ def row_of(case: Case, it: Checked, timings: Timings) -> Row:
     return row
 
 
-def goals_of(case: Case, checked: list[Checked], timings: Timings) -> list[Goal]:
+def goals_of(case: Case, checked: list[Checked]) -> list[Goal]:
     """What the benchmark stands for at `case`."""
-    peers = [it for it in checked if it.entry.name != OURS]
-    ran = [it.entry.name for it in peers if not it.why_not]
-    there = key(OURS, TWO) in timings.seconds
-    ratios = {name: timings.ratio(key(OURS, TWO), key(name, TWO)) for name in ran if there}
+    ran = {it.entry.name: it.timings for it in checked if not it.why_not}
+    ours = ran.pop(OURS, None)
+    ratios = {
+        name: timings.ratio(key(OURS, TWO), key(name, TWO))
+        for name, timings in ran.items()
+        if key(OURS, TWO) in timings.seconds
+    }
     best = min(ratios, key=lambda name: ratios[name], default=None)
+    peers = sum(it.entry.name != OURS for it in checked)
     return [
         at_least(
             f"{case}: speed of wastenot on 2 ranks relative to the best peer" + (f" ({best})" if best else ""),
             ratios[best] if best else None,
             GOAL_RATIO,
         ),
-        at_least(f"{case}: peers measured, of {len(peers)}", len(ran), len(peers)),
+        at_least(f"{case}: peers measured, of {peers}", len(ran), peers),
         at_least(
             f"{case}: scaling of wastenot from 1 to 2 ranks",
-            timings.ratio(key(OURS, TWO), key(OURS, ONE)) if there else None,
+            ours.ratio(key(OURS, TWO), key(OURS, ONE)) if ours else None,
             GOAL_SCALING,
         ),
     ]
@@ -215,16 +232,15 @@ def _check(
     entry: Entry,
     own: list[int],
     expected: dict[int, FirstStep],
-    running: dict[str, Callable[[], float]],
     release: ExitStack,
     say: Callable[[str], None],
-) -> Checked:
-    """Starts `entry` in all its ways and adds them to `running` where all agree with what is `expected`, by batch."""
+) -> tuple[Checked, dict[str, Callable[[], float]]]:
+    """Starts `entry`, until `release`, in all its ways: those to be timed, none unless all agree with `expected`."""
     say(f"building {entry.name}")
     try:
         check_installed(entry)
     except LeftOut as reason:
-        return Checked(entry, f"left out: {reason}")
+        return Checked(entry, f"left out: {reason}"), {}
     checked = Checked(entry)
     started: dict[str, Callable[[], float]] = {}
     for way in (ONE, TWO, APART, HALVES) if entry.name == OURS else (ONE, TWO):
@@ -238,7 +254,6 @@ def _check(
             checked.loss, checked.difference = found[0], difference
         if not difference.agrees:
             checked.why_not = f"{DISAGREES} ({way.name})"
-            return checked
+            return checked, {}
         started[key(entry.name, way)] = ranks.run
-    running |= started
-    return checked
+    return checked, started
