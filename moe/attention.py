@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from ..kernels.backend import Backend
 from ..parallel.mesh import Mesh
-from ..parallel.tensor import ALONE, Stream, local
+from ..parallel.recompute import PLAIN, Calls
+from ..parallel.tensor import ALONE, Stream, compute_dtype, local
 from .config import ModelConfig
 from .norm import CutRMSNorm, RMSNorm
 
@@ -114,8 +116,16 @@ class Attention(nn.Module):
 
     tensor_parameters: ClassVar = {"q.weight": 0, "k.weight": 0, "v.weight": 0, "out.weight": 1}
 
-    def __init__(self, config: ModelConfig, layer: int, backend: Backend = "auto", mesh: Mesh | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        backend: Backend = "auto",
+        mesh: Mesh | None = None,
+        calls: Calls = PLAIN,
+    ) -> None:
         super().__init__()
+        self._calls = calls
         self.layer, self.width = layer, config.head_width
         ranks = 1 if mesh is None else mesh.tensor.size
         if config.heads % ranks or config.num_kv_heads % ranks:
@@ -147,20 +157,40 @@ class Attention(nn.Module):
         stream: Stream = ALONE,
     ) -> Tensor:
         """Attends within each sequence; with a `cache`, also to what it holds, as its `mask` allows."""
-        q, k, v = stream.project(x_BSD, *(local(projection.weight) for projection in (self.q, self.k, self.v)))
-        B, S, _ = q.shape
-        v = v.view(B, S, self.kv_heads, self.width)
-        if self.q_norm is not None and self.k_norm is not None and not self.norm_per_head:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = q.view(B, S, self.heads, self.width), k.view(B, S, self.kv_heads, self.width)
-        if self.q_norm is not None and self.k_norm is not None and self.norm_per_head:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, table), rotate(k, table)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        call, windows = self._calls.operator, self._calls.windows
+        weights = [compute_dtype(local(projection.weight)) for projection in (self.q, self.k, self.v, self.out)]
+        if stream.travels:
+            q, k, v = call(
+                "query and key", partial(stream.project, part="attention", windows=windows), x_BSD, *weights[:3]
+            )
+        else:
+            q, k = call("query and key", stream.project, x_BSD, *weights[:2])
+            (v,) = call("value", stream.project, x_BSD, weights[2])
+        if self.q_norm is not None:
+            q, k = call("query and key norm", self._norm, q, k)
+        q, k = call("rotary", lambda q, k: (rotate(self._split(q), table), rotate(self._split(k), table)), q, k)
+        y_BSE = call("attention", partial(self._attend, cache=cache, mask=mask), q, k, v)
+        y_BSD = call("projection", F.linear, y_BSE, weights[3])
+        return stream.leave(y_BSD, "attention", windows)
+
+    def _split(self, heads: Tensor) -> Tensor:
+        """[B, S, H * d] -> [B, S, H, d]."""
+        return heads.unflatten(-1, (-1, self.width))
+
+    def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.q_norm is not None and self.k_norm is not None
+        if not self.norm_per_head:
+            return self.q_norm(q), self.k_norm(k)
+        return self.q_norm(self._split(q)).view_as(q), self.k_norm(self._split(k)).view_as(k)
+
+    def _attend(
+        self, q_BSHd: Tensor, k_BSHd: Tensor, v_BSE: Tensor, cache: KVCache | None, mask: Tensor | None
+    ) -> Tensor:
+        q, k, v = q_BSHd.transpose(1, 2), k_BSHd.transpose(1, 2), self._split(v_BSE).transpose(1, 2)
         grouped = self.heads != self.kv_heads
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
             k, v = cache.append(self.layer, k, v)
             y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, enable_gqa=grouped)
-        return stream.leave(F.linear(y.transpose(1, 2).reshape(B, S, -1), local(self.out.weight)))
+        return y.transpose(1, 2).flatten(2)

@@ -17,10 +17,11 @@ from ..parallel import vocabulary
 from ..parallel.apply import Initialiser, parallelize
 from ..parallel.config import KEEP_ALL, RecomputeConfig
 from ..parallel.mesh import Mesh
-from ..parallel.recompute import calls_of
+from ..parallel.recomputation import Recomputation
+from ..parallel.recompute import PLAIN, Calls, calls_of
 from ..parallel.relay import Relay
 from ..parallel.stages import Stages, whole
-from ..parallel.tensor import ALONE, Stream, streams
+from ..parallel.tensor import ALONE, Stream, compute_dtype, streams
 from .attention import Attention, KVCache, rotary_table
 from .config import ModelConfig, RouterConfig
 from .feedforward import SwiGLU
@@ -40,19 +41,18 @@ class Block(nn.Module):
         mesh: Mesh,
         piece_bytes: int,
         backend: Backend,
-        recompute: RecomputeConfig = KEEP_ALL,
+        calls: Calls = PLAIN,
     ) -> None:
         super().__init__()
-        calls = calls_of(recompute)
-        self._call = calls.block
+        self._calls = calls
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps, backend)
-        self.attention = Attention(config, layer, backend, mesh)
+        self.attention = Attention(config, layer, backend, mesh, calls)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps, backend)
         if config.moe is not None and config.is_moe(layer):
             number = config.nth_moe(layer)
-            self.ffn = MoELayer(config.d_model, config.moe, router, mesh, piece_bytes, backend, number, calls.hidden)
+            self.ffn = MoELayer(config.d_model, config.moe, router, mesh, piece_bytes, backend, number, calls)
         else:
-            self.ffn = SwiGLU(config.d_model, config.dense_width, calls.hidden)
+            self.ffn = SwiGLU(config.d_model, config.dense_width, calls)
 
     def forward(
         self,
@@ -64,7 +64,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         """The residual stream after this block, and its routing if it has experts."""
         # Within the block: FSDP2 gathers its weights around both, forward and backward.
-        return self._call(self._forward, x_BSD, table, cache, mask, stream)
+        return self._calls.block(self._forward, x_BSD, table, cache, mask, stream)
 
     def _forward(
         self,
@@ -74,8 +74,10 @@ class Block(nn.Module):
         mask: Tensor | None,
         stream: Stream,
     ) -> tuple[Tensor, Routing | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table, cache, mask, stream)
-        normed_BSD = self.ffn_norm(x_BSD)
+        call = self._calls.operator
+        normed_BSD = call("norm 1", lambda x: compute_dtype(self.attention_norm(x)), x_BSD)
+        x_BSD = call("residual 1", torch.add, x_BSD, self.attention(normed_BSD, table, cache, mask, stream))
+        normed_BSD = call("norm 2", self.ffn_norm, x_BSD)
         if isinstance(self.ffn, MoELayer):
             y_BSD, routing = self.ffn(normed_BSD, dropless=cache is not None, stream=stream)
         else:
@@ -120,7 +122,7 @@ class Decoder(nn.Module):
         self.config = config
         self.mesh = mesh
         self.backend: Backend = backend
-        self.recompute = recompute
+        self.recompute, self.recomputation = recompute, Recomputation()
         self.cut_stream, self.whole_stream = streams(mesh)
         self.stages = whole(config.layers) if stages is None else stages
         self.relay = Relay(mesh, self.stages)
@@ -129,7 +131,8 @@ class Decoder(nn.Module):
         # Iterates over the layers held; each is named by its number in the model.
         self.blocks = nn.ModuleList()
         for layer in self.stages.held:
-            block = Block(config, router, layer, mesh, piece_bytes, backend, recompute)
+            calls = calls_of(recompute, self.recomputation, layer)
+            block = Block(config, router, layer, mesh, piece_bytes, backend, calls)
             self.blocks.add_module(str(layer), block)
         if self.stages.has_last:
             self.norm = RMSNorm(config.d_model, config.norm_eps, backend)
@@ -176,6 +179,7 @@ class Decoder(nn.Module):
 
     def _run(self, stage: int, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor, list[Routing]]:
         """See `run`. With a cache tensor ranks have all of S."""
+        self.recomputation.begin(self)
         ranks = self.mesh.tensor.size
         # With a cache tokens come one at a time, which nobody can share.
         stream, shares = (self.whole_stream, 1) if cache is not None else (self.cut_stream, ranks)

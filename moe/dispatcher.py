@@ -22,6 +22,7 @@ from ..kernels.dispatch import permute, reorder
 from ..parallel.collectives import Exchange, Splits, all_gather_rows, start_all_to_all
 from ..parallel.expert import local_experts
 from ..parallel.mesh import Mesh
+from ..parallel.recompute import PLAIN, Calls
 from .routing import Routing, StandIns, block_of
 
 
@@ -77,8 +78,10 @@ class Dispatcher:
         piece_bytes: int = 0,
         backend: Backend = "auto",
         name: str = "",
+        calls: Calls = PLAIN,
     ) -> None:
-        """`name` goes before the names of the collectives, say `layer3.`."""
+        """`name` goes before the names of the collectives, say `layer3.`; `calls` computes what lies between them."""
+        self._calls = calls
         self.num_experts, self.mesh, self.padded = num_experts, mesh, dispatch == "padded"
         self.piece_bytes, self.name = piece_bytes, name
         self.backend: Backend = backend
@@ -165,35 +168,54 @@ class Dispatcher:
 
     def start_dispatch(self, x_TD: Tensor, handle: DispatchHandle) -> Exchange:
         """Tokens become rows by expert and leave for the experts' ranks."""
-        rows_ND = permute(x_TD, handle.source_N, handle.position_TK, handle.may_be_empty, self.backend)
-        return start_all_to_all(rows_ND, handle.splits, self.mesh.expert, f"{self.name}dispatch", self.mesh.recorder)
+
+        def to_rows(x_TD: Tensor) -> Tensor:
+            return permute(x_TD, handle.source_N, handle.position_TK, handle.may_be_empty, self.backend)
+
+        return self._start(self._calls.operator("permute", to_rows, x_TD), handle.splits, "dispatch")
 
     def local_rows(self, x_TD: Tensor, local: LocalRows) -> Tensor:
         """Tokens become the rows that stay here, by expert; [L, D]."""
-        return permute(x_TD, local.source_L, local.position_T1, True, self.backend)
+
+        def to_rows(x_TD: Tensor) -> Tensor:
+            return permute(x_TD, local.source_L, local.position_T1, True, self.backend)
+
+        return self._calls.operator("permute", to_rows, x_TD)
 
     def combine_local(self, rows_LD: Tensor, local: LocalRows) -> Tensor:
         """The stand-ins' part of each token's sum; [T, D]."""
-        return combine(rows_LD, local.weight_T1, local.position_T1, local.source_L, True, self.backend)
+
+        def to_tokens(rows_LD: Tensor, weight_T1: Tensor) -> Tensor:
+            return combine(rows_LD, weight_T1, local.position_T1, local.source_L, True, self.backend)
+
+        return self._calls.operator("weighted sum", to_tokens, rows_LD, local.weight_T1)
 
     def finish_dispatch(self, exchange: Exchange, handle: DispatchHandle) -> Tensor:
         """Waits for the rows and sorts them by this rank's experts; [R, D]."""
-        rows_RD = exchange.wait()
-        if handle.order_R is None or handle.inverse_R is None:
-            return rows_RD
-        return reorder(rows_RD, handle.order_R, handle.inverse_R, self.backend)
+        return self._reorder("sort rows", exchange.wait(), handle.order_R, handle.inverse_R)
 
     def start_combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Exchange:
         """Expert outputs leave for the ranks of their tokens."""
-        if handle.order_R is not None and handle.inverse_R is not None:
-            rows_RD = reorder(rows_RD, handle.inverse_R, handle.order_R, self.backend)
-        back = handle.splits.reversed()
-        return start_all_to_all(rows_RD, back, self.mesh.expert, f"{self.name}combine", self.mesh.recorder)
+        rows_RD = self._reorder("unsort rows", rows_RD, handle.inverse_R, handle.order_R)
+        return self._start(rows_RD, handle.splits.reversed(), "combine")
 
     def finish_combine(self, exchange: Exchange, handle: DispatchHandle) -> Tensor:
         """Waits for the outputs; each token's weighted sum [T, D]."""
-        rows_ND, weights_TK = exchange.wait(), handle.weights_TK
-        return combine(rows_ND, weights_TK, handle.position_TK, handle.source_N, handle.may_be_empty, self.backend)
+
+        def to_tokens(rows_ND: Tensor, weights_TK: Tensor) -> Tensor:
+            return combine(rows_ND, weights_TK, handle.position_TK, handle.source_N, handle.may_be_empty, self.backend)
+
+        return self._calls.operator("weighted sum", to_tokens, exchange.wait(), handle.weights_TK)
+
+    def _start(self, rows: Tensor, splits: Splits, name: str) -> Exchange:
+        windows = self._calls.windows
+        during = windows(name, forward=True), windows(f"{name} gradient")
+        return start_all_to_all(rows, splits, self.mesh.expert, f"{self.name}{name}", self.mesh.recorder, during)
+
+    def _reorder(self, name: str, rows_RD: Tensor, order_R: Tensor | None, inverse_R: Tensor | None) -> Tensor:
+        if order_R is None or inverse_R is None:
+            return rows_RD
+        return self._calls.operator(name, lambda rows: reorder(rows, order_R, inverse_R, self.backend), rows_RD)
 
 
 def _with_stand_ins(routing: Routing, stand_ins: StandIns) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels.backend import Backend
 from ..parallel.mesh import Mesh, single
+from ..parallel.recompute import PLAIN, Calls
 from ..parallel.tensor import compute_dtype
 from .config import RouterConfig, nearest_divisor
 from .dispatcher import Dispatcher
@@ -72,15 +73,17 @@ class Mixer:
         piece_bytes: int = 0,
         backend: Backend = "auto",
         name: str = "",
+        calls: Calls = PLAIN,
     ) -> None:
-        """`name` goes before the names of the collectives, say `layer3.`.
+        """`name` goes before the names of the collectives, say `layer3.`; `calls` computes what lies between them.
 
         Raises ValueError where `num_experts` or the mesh cannot have these options, or `padded` rows of stand-ins
         would have to travel.
         """
         _check(num_experts, config, mesh)
         self.config = config
-        self.dispatcher = Dispatcher(num_experts, mesh, dispatch, piece_bytes, backend, name)
+        self.dispatcher = Dispatcher(num_experts, mesh, dispatch, piece_bytes, backend, name, calls)
+        self._calls = calls
         sources = config.emulate.sources if config.emulate else mesh.stage.size
         self.blocks = sources // mesh.stage.size
         self.rectifier = self._make_rectifier(mesh) if config.rectify.is_on else None
@@ -104,7 +107,7 @@ class Mixer:
         shared: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Each token's weighted sum over its experts, and what `shared` makes of it; [T, D]."""
-        x_TD = compute_dtype(x_TD)
+        x_TD = self._calls.operator("norm 2", compute_dtype, x_TD)
         dispatcher = self.dispatcher
         travel = self.rectifier is not None and self.rectifier.travels
         handle = dispatcher.plan(routing, x_TD.size(-1) * x_TD.element_size(), travel)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .events import Recorder
 from .mesh import Axis, Mesh
+from .recomputation import During, nothing
 from .stopwatch import Stopwatch
 
 # torch 2.13 renamed these; the old names warn there.
@@ -64,8 +65,13 @@ class _Flight:
         work = dist.all_to_all_single(received, sent, receive, send, group=axis.group, async_op=True)
         return work, sent, received, receive
 
-    def land(self) -> Tensor:
-        """Waits until everything has arrived."""
+    def arrived(self) -> bool:
+        """Whether everything has."""
+        return all(work is None or work.is_completed() for work, *_ in self.pieces)
+
+    def land(self, during: During = nothing) -> Tensor:
+        """Waits until everything has arrived, and does `during` before."""
+        during(self.arrived)
         watch = Stopwatch(self.received.device)
         for i, (work, _, received, receive) in enumerate(self.pieces):
             if work is not None:
@@ -92,6 +98,8 @@ class _Journey:
     axis: Axis
     name: str
     recorder: Recorder
+    during: tuple[During, During]
+    """Before forward and backward wait."""
     out: _Flight | None = None
     back: _Flight | None = None
 
@@ -108,7 +116,7 @@ class _Start(torch.autograd.Function):
     def backward(ctx, *grads):
         flight, ctx.journey.back = ctx.journey.back, None
         assert flight is not None, "the gradient's exchange was never started"
-        return flight.land(), None
+        return flight.land(ctx.journey.during[1]), None
 
 
 class _Wait(torch.autograd.Function):
@@ -116,7 +124,7 @@ class _Wait(torch.autograd.Function):
     def forward(ctx, in_flight, journey):
         ctx.journey = journey
         flight, journey.out = journey.out, None
-        return flight.land().view_as(in_flight)
+        return flight.land(journey.during[0]).view_as(in_flight)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -140,27 +148,35 @@ class Exchange:
         return _Wait.apply(self.rows, self.journey)  # pyright: ignore[reportReturnType]
 
 
-def start_all_to_all(rows: Tensor, splits: Splits, axis: Axis, name: str, recorder: Recorder) -> Exchange:
+def start_all_to_all(
+    rows: Tensor,
+    splits: Splits,
+    axis: Axis,
+    name: str,
+    recorder: Recorder,
+    during: tuple[During, During] = (nothing, nothing),
+) -> Exchange:
     """Starts sending consecutive runs of `rows` [N, D] (splits.send per rank) over `axis`.
 
-    On an axis of one rank the rows stay where they are. `name` tells the recorder what travels.
+    On an axis of one rank the rows stay where they are. `name` tells the recorder what travels; `during` is done before
+    forward and backward wait for it.
     """
     if axis.group is None:
         return Exchange(rows, None)
-    journey = _Journey(splits, axis, name, recorder)
+    journey = _Journey(splits, axis, name, recorder, during)
     started: Tensor = _Start.apply(rows, journey)  # pyright: ignore[reportAssignmentType]
     return Exchange(started, journey)
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, whole, dim, axis, name, recorder):
-        ctx.how = dim, axis, f"{name}-gradient", recorder
-        return start_scatter(whole, dim, axis, name, recorder).land()
+    def forward(ctx, whole, dim, axis, name, recorder, during):
+        ctx.how, ctx.during = (dim, axis, f"{name}-gradient", recorder), during[1]
+        return start_scatter(whole, dim, axis, name, recorder).land(during[0])
 
     @staticmethod
     def backward(ctx, *grads):
-        return start_gather(grads[0], *ctx.how).land(), None, None, None, None
+        return start_gather(grads[0], *ctx.how).land(ctx.during), None, None, None, None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -174,9 +190,19 @@ class _Sum(torch.autograd.Function):
         return all_reduce(grads[0].clone(), *ctx.how), None, None, None
 
 
-def scatter(whole: Tensor, dim: int, axis: Axis, name: str, recorder: Recorder) -> Tensor:
-    """This rank's part along `dim` of the sum of `whole` over `axis` (reduce-scatter); gradients are gathered."""
-    return _Scatter.apply(whole, dim, axis, name, recorder)  # pyright: ignore[reportReturnType]
+def scatter(
+    whole: Tensor,
+    dim: int,
+    axis: Axis,
+    name: str,
+    recorder: Recorder,
+    during: tuple[During, During] = (nothing, nothing),
+) -> Tensor:
+    """This rank's part along `dim` of the sum of `whole` over `axis` (reduce-scatter); gradients are gathered.
+
+    `during` is done before forward and backward wait.
+    """
+    return _Scatter.apply(whole, dim, axis, name, recorder, during)  # pyright: ignore[reportReturnType]
 
 
 def sum_over(term: Tensor, axis: Axis, name: str, recorder: Recorder) -> Tensor:
@@ -197,8 +223,9 @@ class Journey:
     name: str
     recorder: Recorder
 
-    def land(self) -> Tensor:
-        """What it brings."""
+    def land(self, during: During = nothing) -> Tensor:
+        """What it brings, after `during`."""
+        during(lambda: self.work is None or self.work.is_completed())
         watch = Stopwatch(self.received.device)
         if self.work is not None:
             self.work.wait()

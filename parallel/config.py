@@ -136,8 +136,9 @@ class ParallelConfig:
 class RecomputeConfig:
     """What backward computes again instead of keeping it (docs/parallelism.md): less memory, more time, same bits."""
 
-    mode: Literal["none", "selective", "full"] = "none"
-    """Nothing; what experts and dense feed-forward layers compute inside; whole blocks, of which only inputs stay."""
+    mode: Literal["none", "selective", "full", "lynx"] = "none"
+    """Nothing; what experts and dense feed-forward layers compute inside; whole blocks, of which only inputs stay; what
+    a plan says (docs/lynx.md)."""
 
 
 KEEP_ALL = RecomputeConfig()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .collectives import all_reduce, scatter, start_gather, start_scatter
 from .events import Recorder
 from .mesh import Axis, Mesh
+from .recompute import Windows, no_window
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -90,10 +91,10 @@ class _GatherAndProject(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, axis, recorder, *weights):
-        ctx.axis, ctx.recorder = axis, recorder
+    def forward(ctx, x, axis, recorder, during, *weights):
+        ctx.axis, ctx.recorder, ctx.during = axis, recorder, during
         ctx.save_for_backward(x, *weights)
-        whole = start_gather(x, x.dim() - 2, axis, "tensor-gather", recorder).land()
+        whole = start_gather(x, x.dim() - 2, axis, "tensor-gather", recorder).land(during[0])
         return tuple(F.linear(whole, weight) for weight in weights)
 
     @staticmethod
@@ -105,9 +106,9 @@ class _GatherAndProject(torch.autograd.Function):
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
             grad_whole += grad @ weight
         sums = start_scatter(grad_whole, dim, axis, "tensor-gather-gradient", recorder)
-        whole_TD = again.land().flatten(0, -2)
+        whole_TD = again.land(ctx.during[1]).flatten(0, -2)
         grad_weights = [grad.flatten(0, -2).t() @ whole_TD for grad in grads]
-        return sums.land(), None, None, *grad_weights
+        return sums.land(ctx.during[2]), None, None, None, *grad_weights
 
 
 class Stream(Protocol):
@@ -116,11 +117,14 @@ class Stream(Protocol):
     travels: ClassVar[bool]
     """Whether `project` and `leave` exchange with other ranks."""
 
-    def project(self, x: Tensor, *weights: Tensor) -> Sequence[Tensor]:
-        """All tokens of the tensor ranks times this rank's rows of each weight: x [..., n, D] -> [..., all, rows]."""
+    def project(self, x: Tensor, *weights: Tensor, part: str = "", windows: Windows = no_window) -> Sequence[Tensor]:
+        """All tokens of the tensor ranks times this rank's rows of each weight: x [..., n, D] -> [..., all, rows].
+
+        `windows` of the `part` of a layer are those of what it exchanges.
+        """
         ...
 
-    def leave(self, y: Tensor) -> Tensor:
+    def leave(self, y: Tensor, part: str = "", windows: Windows = no_window) -> Tensor:
         """Sum of all ranks' `y` [..., all, D], for this rank's tokens [..., n, D]."""
         ...
 
@@ -130,11 +134,12 @@ class Alone:
 
     travels: ClassVar = False
 
-    def project(self, x: Tensor, *weights: Tensor) -> Sequence[Tensor]:
-        """Plain products."""
+    def project(self, x: Tensor, *weights: Tensor, part: str = "", windows: Windows = no_window) -> Sequence[Tensor]:
+        """Plain products; under autocast in its dtype."""
+        x = compute_dtype(x)
         return [F.linear(x, weight) for weight in weights]
 
-    def leave(self, y: Tensor) -> Tensor:
+    def leave(self, y: Tensor, part: str = "", windows: Windows = no_window) -> Tensor:
         """As it is."""
         return y
 
@@ -150,15 +155,19 @@ class CutSequence:
     def __init__(self, axis: Axis, recorder: Recorder) -> None:
         self.axis, self.recorder = axis, recorder
 
-    def project(self, x: Tensor, *weights: Tensor) -> Sequence[Tensor]:
+    def project(self, x: Tensor, *weights: Tensor, part: str = "", windows: Windows = no_window) -> Sequence[Tensor]:
         """Gathers along the tokens first; under autocast in its dtype, as the products want them."""
         x = compute_dtype(x)
         rows = [weight.to(x.dtype) for weight in weights]
-        return _GatherAndProject.apply(x, self.axis, self.recorder, *rows)  # pyright: ignore[reportReturnType]
+        name = f"{part} gather"
+        during = windows(name, forward=True), windows(f"{name} again"), windows(f"{name} gradient")
+        return _GatherAndProject.apply(x, self.axis, self.recorder, during, *rows)  # pyright: ignore[reportReturnType]
 
-    def leave(self, y: Tensor) -> Tensor:
+    def leave(self, y: Tensor, part: str = "", windows: Windows = no_window) -> Tensor:
         """Reduce-scatter along the tokens."""
-        return scatter(y, y.dim() - 2, self.axis, "tensor-scatter", self.recorder)
+        name = f"{part} reduce-scatter"
+        during = windows(name, forward=True), windows(f"{name} gradient")
+        return scatter(y, y.dim() - 2, self.axis, "tensor-scatter", self.recorder, during)
 
 
 class WholeSequence:
@@ -169,11 +178,11 @@ class WholeSequence:
     def __init__(self, axis: Axis, recorder: Recorder) -> None:
         self.axis, self.recorder = axis, recorder
 
-    def project(self, x: Tensor, *weights: Tensor) -> Sequence[Tensor]:
+    def project(self, x: Tensor, *weights: Tensor, part: str = "", windows: Windows = no_window) -> Sequence[Tensor]:
         """Plain products."""
         return [F.linear(x, weight) for weight in weights]
 
-    def leave(self, y: Tensor) -> Tensor:
+    def leave(self, y: Tensor, part: str = "", windows: Windows = no_window) -> Tensor:
         """All-reduce."""
         assert not torch.is_grad_enabled(), "ranks with the same tokens would count their gradients several times"
         return all_reduce(y.contiguous(), self.axis, "tensor-sum", self.recorder)

@@ -12,7 +12,12 @@ __all__ = ["grouped_swiglu"]
 
 
 def grouped_swiglu(
-    x_RD: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, offsets_e: Tensor, backend: Backend = "auto"
+    x_RD: Tensor,
+    gate_up_e2FD: Tensor,
+    down_eDF: Tensor,
+    offsets_e: Tensor,
+    backend: Backend = "auto",
+    call: vectorised.Call | None = None,
 ) -> Tensor:
     """down(silu(gate(x)) * up(x)) with each row's own expert; [R, D], differentiable in all three.
 
@@ -21,6 +26,8 @@ def grouped_swiglu(
         gate_up_e2FD: gate rows above up rows, per expert.
         down_eDF: down projections.
         offsets_e: int32, the row after the last of each expert; offsets_e[-1] == R. Empty groups are fine.
+        call: call(name, function, *args) -> function(*args), in which `expert up`, `expert activation` and `expert
+            down` are computed, each from its arguments; in one where the implementation has one.
     Raises:
         ValueError: `backend` names an implementation that cannot take these dtypes or widths.
     """
@@ -43,5 +50,11 @@ def grouped_swiglu(
     if found == "triton":
         from . import kernel
 
-        return kernel.grouped_swiglu(x_RD, gate_up_e2FD, down_eDF, offsets_e)
-    return (naive if found == "reference" else vectorised).grouped_swiglu(x_RD, gate_up_e2FD, down_eDF, offsets_e)
+        whole = kernel.grouped_swiglu
+    elif found == "torch":
+        return vectorised.grouped_swiglu(x_RD, gate_up_e2FD, down_eDF, offsets_e, call)
+    else:
+        whole = naive.grouped_swiglu
+    if call is None:
+        return whole(x_RD, gate_up_e2FD, down_eDF, offsets_e)
+    return call("expert up", whole, x_RD, gate_up_e2FD, down_eDF, offsets_e)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +19,14 @@ _ROUND = 32
 """Rows: in bf16, groups are padded to whole multiples, so that products of few shapes serve all routings."""
 
 
+Call = Callable[..., Any]
+"""call(name, function, *args) -> function(*args): one of the three parts, for whoever computes parts again."""
+
+
+def _as_it_is(rows: Tensor) -> Tensor:
+    return rows
+
+
 def supported(x_RD: Tensor, *weights: Tensor) -> bool:
     """Whether torch's grouped_mm takes these: fp32, bf16 or fp16, and strides of whole 16 bytes."""
     if x_RD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -23,7 +34,9 @@ def supported(x_RD: Tensor, *weights: Tensor) -> bool:
     return all(size * w.element_size() % 16 == 0 for w in weights for size in w.shape[1:])
 
 
-def grouped_swiglu(x_RD: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, offsets_e: Tensor) -> Tensor:
+def grouped_swiglu(
+    x_RD: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, offsets_e: Tensor, call: Call | None = None
+) -> Tensor:
     """As `naive.grouped_swiglu`, where `supported`."""
     sizes = _sizes(x_RD, offsets_e)
     longest = _batched_length(sizes, x_RD.dtype)
@@ -33,12 +46,18 @@ def grouped_swiglu(x_RD: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, offsets
         lengths_e = torch.tensor([-(-size // _ROUND) * _ROUND for size in sizes])
         ends_e = lengths_e.cumsum(0, dtype=offsets_e.dtype)
     else:
-        return _experts(x_RD, gate_up_e2FD, down_eDF, offsets_e)
+        return _experts(x_RD, gate_up_e2FD, down_eDF, offsets_e, call)
     source_N, position_R1 = _places(offsets_e, lengths_e, x_RD.size(0))
-    x_ND = permute(x_RD, source_N, position_R1)
-    x = x_ND if longest is None else x_ND.view(-1, longest, x_RD.size(1))
-    y_ND = _experts(x, gate_up_e2FD, down_eDF, ends_e).view(-1, x_RD.size(1))
-    return permute(y_ND, position_R1.view(-1), source_N.unsqueeze(1), may_be_empty=False)
+    D = x_RD.size(1)
+
+    def spread(x_RD: Tensor) -> Tensor:
+        x_ND = permute(x_RD, source_N, position_R1)
+        return x_ND if longest is None else x_ND.view(-1, longest, D)
+
+    def gather(y: Tensor) -> Tensor:
+        return permute(y.view(-1, D), position_R1.view(-1), source_N.unsqueeze(1), may_be_empty=False)
+
+    return _experts(x_RD, gate_up_e2FD, down_eDF, ends_e, call, spread, gather)
 
 
 def _sizes(x_RD: Tensor, offsets_e: Tensor) -> list[int]:
@@ -72,9 +91,22 @@ def _places(offsets_e: Tensor, lengths_e: Tensor, num_rows: int) -> tuple[Tensor
     return source_N, position_R.unsqueeze(1)
 
 
-def _experts(x: Tensor, gate_up_e2FD: Tensor, down_eDF: Tensor, offsets_e: Tensor | None) -> Tensor:
-    gate_up = _Product.apply(x, gate_up_e2FD, offsets_e)
-    return _SwiGLUDown.apply(gate_up, down_eDF, offsets_e)  # pyright: ignore[reportReturnType]
+def _experts(
+    x_RD: Tensor,
+    gate_up_e2FD: Tensor,
+    down_eDF: Tensor,
+    ends_e: Tensor | None,
+    call: Call | None,
+    spread: Callable[[Tensor], Tensor] = _as_it_is,
+    gather: Callable[[Tensor], Tensor] = _as_it_is,
+) -> Tensor:
+    """`spread` and `gather` take rows to where groups end at `ends_e` (None: all have one length), and back."""
+    if call is None:
+        gate_up = _Product.apply(spread(x_RD), gate_up_e2FD, ends_e)
+        return gather(_SwiGLUDown.apply(gate_up, down_eDF, ends_e))  # pyright: ignore[reportArgumentType]
+    gate_up = call("expert up", lambda x, w: _Product.apply(spread(x), w, ends_e), x_RD, gate_up_e2FD)
+    hidden = call("expert activation", _SwiGLU.apply, gate_up)
+    return call("expert down", lambda hidden, w: gather(_Product.apply(hidden, w, ends_e)), hidden, down_eDF)  # pyright: ignore[reportArgumentType]
 
 
 def _times(rows: Tensor, w_eNM: Tensor, offsets_e: Tensor | None) -> Tensor:
@@ -100,9 +132,36 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         x, w_eMN, offsets_e = ctx.saved_tensors
-        grad_w = _grad_weight(grads[0], x, offsets_e) if ctx.needs_input_grad[1] else None
-        grad_x = _times(grads[0], w_eMN, offsets_e) if ctx.needs_input_grad[0] else None
+        grad = grads[0].contiguous()  # grouped_mm refuses expanded gradients
+        grad_w = _grad_weight(grad, x, offsets_e) if ctx.needs_input_grad[1] else None
+        grad_x = _times(grad, w_eMN, offsets_e) if ctx.needs_input_grad[0] else None
         return grad_x, grad_w, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, of which backward forms the first again: of the input alone."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (gate_up,) = ctx.saved_tensors
+        # A copy, for it is overwritten: it may be somebody else's as well.
+        return _grad_gate_up(grads[0].clone(), gate_up, F.silu(gate_up.chunk(2, -1)[0]))
+
+
+def _grad_gate_up(grad_hidden: Tensor, gate_up: Tensor, act: Tensor) -> Tensor:
+    """Gradient of gate and up, from that of silu(gate) * up, which it overwrites."""
+    gate, up = gate_up.chunk(2, -1)
+    grad_gate_up = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad_gate_up.chunk(2, -1)
+    torch.mul(grad_hidden, act, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=grad_gate)
+    return grad_gate_up
 
 
 class _SwiGLUDown(torch.autograd.Function):
@@ -122,13 +181,9 @@ class _SwiGLUDown(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         gate_up, act, down_eDF, offsets_e = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
         grad = grads[0].contiguous()  # grouped_mm refuses expanded gradients
         grad_hidden = _times(grad, down_eDF, offsets_e)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, -1)
-        torch.mul(grad_hidden, act, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=grad_gate)
-        hidden = torch.mul(act, up, out=grad_hidden)
+        grad_gate_up = _grad_gate_up(grad_hidden, gate_up, act)
+        hidden = torch.mul(act, gate_up.chunk(2, -1)[1], out=grad_hidden)
         grad_down = _grad_weight(grad, hidden, offsets_e) if ctx.needs_input_grad[1] else None
         return grad_gate_up, grad_down, None
