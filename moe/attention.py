@@ -168,7 +168,7 @@ class Attention(nn.Module):
             (v,) = call("value", stream.project, x_BSD, weights[2])
         if self.q_norm is not None:
             q, k = call("query and key norm", self._norm, q, k)
-        q, k = call("rotary", lambda q, k: (rotate(self._split(q), table), rotate(self._split(k), table)), q, k)
+        q, k = call("rotary", self._turn, q, k, *table)
         y_BSE = call("attention", partial(self._attend, cache=cache, mask=mask), q, k, v)
         y_BSD = call("projection", F.linear, y_BSE, weights[3])
         return stream.leave(y_BSD, "attention", windows)
@@ -176,6 +176,9 @@ class Attention(nn.Module):
     def _split(self, heads: Tensor) -> Tensor:
         """[B, S, H * d] -> [B, S, H, d]."""
         return heads.unflatten(-1, (-1, self.width))
+
+    def _turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return rotate(self._split(q), (cos, sin)), rotate(self._split(k), (cos, sin))
 
     def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         assert self.q_norm is not None and self.k_norm is not None

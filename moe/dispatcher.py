@@ -12,6 +12,8 @@ Whatever runs between a start and its finish overlaps with the exchange, forward
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,27 +170,16 @@ class Dispatcher:
 
     def start_dispatch(self, x_TD: Tensor, handle: DispatchHandle) -> Exchange:
         """Tokens become rows by expert and leave for the experts' ranks."""
-
-        def to_rows(x_TD: Tensor) -> Tensor:
-            return permute(x_TD, handle.source_N, handle.position_TK, handle.may_be_empty, self.backend)
-
-        return self._start(self._calls.operator("permute", to_rows, x_TD), handle.splits, "dispatch")
+        rows_ND = self._permute(x_TD, handle.source_N, handle.position_TK, handle.may_be_empty)
+        return self._start(rows_ND, handle.splits, "dispatch")
 
     def local_rows(self, x_TD: Tensor, local: LocalRows) -> Tensor:
         """Tokens become the rows that stay here, by expert; [L, D]."""
-
-        def to_rows(x_TD: Tensor) -> Tensor:
-            return permute(x_TD, local.source_L, local.position_T1, True, self.backend)
-
-        return self._calls.operator("permute", to_rows, x_TD)
+        return self._permute(x_TD, local.source_L, local.position_T1, True)
 
     def combine_local(self, rows_LD: Tensor, local: LocalRows) -> Tensor:
         """The stand-ins' part of each token's sum; [T, D]."""
-
-        def to_tokens(rows_LD: Tensor, weight_T1: Tensor) -> Tensor:
-            return combine(rows_LD, weight_T1, local.position_T1, local.source_L, True, self.backend)
-
-        return self._calls.operator("weighted sum", to_tokens, rows_LD, local.weight_T1)
+        return self._combine(rows_LD, local.weight_T1, local.position_T1, local.source_L, True)
 
     def finish_dispatch(self, exchange: Exchange, handle: DispatchHandle) -> Tensor:
         """Waits for the rows and sorts them by this rank's experts; [R, D]."""
@@ -201,21 +192,24 @@ class Dispatcher:
 
     def finish_combine(self, exchange: Exchange, handle: DispatchHandle) -> Tensor:
         """Waits for the outputs; each token's weighted sum [T, D]."""
-
-        def to_tokens(rows_ND: Tensor, weights_TK: Tensor) -> Tensor:
-            return combine(rows_ND, weights_TK, handle.position_TK, handle.source_N, handle.may_be_empty, self.backend)
-
-        return self._calls.operator("weighted sum", to_tokens, exchange.wait(), handle.weights_TK)
+        maps = handle.position_TK, handle.source_N
+        return self._combine(exchange.wait(), handle.weights_TK, *maps, handle.may_be_empty)
 
     def _start(self, rows: Tensor, splits: Splits, name: str) -> Exchange:
         windows = self._calls.windows
         during = windows(name, forward=True), windows(f"{name} gradient")
         return start_all_to_all(rows, splits, self.mesh.expert, f"{self.name}{name}", self.mesh.recorder, during)
 
+    def _permute(self, *args: Any) -> Tensor:
+        return self._calls.operator("permute", partial(permute, backend=self.backend), *args)
+
+    def _combine(self, *args: Any) -> Tensor:
+        return self._calls.operator("weighted sum", partial(combine, backend=self.backend), *args)
+
     def _reorder(self, name: str, rows_RD: Tensor, order_R: Tensor | None, inverse_R: Tensor | None) -> Tensor:
         if order_R is None or inverse_R is None:
             return rows_RD
-        return self._calls.operator(name, lambda rows: reorder(rows, order_R, inverse_R, self.backend), rows_RD)
+        return self._calls.operator(name, partial(reorder, backend=self.backend), rows_RD, order_R, inverse_R)
 
 
 def _with_stand_ins(routing: Routing, stand_ins: StandIns) -> tuple[Tensor, Tensor, Tensor, Tensor]:

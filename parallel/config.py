@@ -139,6 +139,23 @@ class RecomputeConfig:
     mode: Literal["none", "selective", "full", "lynx"] = "none"
     """Nothing; what experts and dense feed-forward layers compute inside; whole blocks, of which only inputs stay; what
     a plan says (docs/lynx.md)."""
+    budget: int | Literal["auto"] = "auto"
+    """Bytes of a rank that weights, gradients, optimizer state and activations may take together, for `lynx`; `auto` is
+    nine tenths of a GPU's memory, or a rank's part of the machine's."""
+    solver: Literal["heu-mix", "heu", "greedy", "opt"] = "heu-mix"
+    """Of the plan (docs/lynx.md)."""
+    measure_steps: int = 3
+    """Steps that are run and measured before each plan, with everything computed again on demand."""
+    drift: float = 0.25
+    """Part of the choices of experts that may have moved to other experts before it is planned anew."""
+
+    def __post_init__(self) -> None:
+        if self.budget != "auto" and self.budget < 1:
+            raise ValueError(f"budget: {self.budget} holds nothing; use a size such as 4GiB, or auto")
+        if self.measure_steps < 1:
+            raise ValueError(f"measure_steps: {self.measure_steps} measures nothing; use 1 or more")
+        if not 0 < self.drift <= 1:
+            raise ValueError(f"drift: {self.drift} is no part of all choices; use more than 0 and at most 1")
 
 
 KEEP_ALL = RecomputeConfig()

@@ -15,11 +15,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .meter import Meter
 from .segment import Segment, given
 from .stopwatch import StreamWait
 
@@ -77,6 +79,8 @@ class Recomputation:
         """Of the passes that begin from now on."""
         self.debug = debug
         self.spent = Spent()
+        self.meter: Meter | None = None
+        """Set for passes that are to be measured: their windows are waited for, and do nothing else."""
         self.inside = 0
         """Depth of segments being computed: what they call is part of them."""
         self._passes: list[weakref.ref[Pass]] = []
@@ -100,7 +104,9 @@ class Recomputation:
 
     def window(self, name: str, forward: bool = False) -> During:
         """For the window `name` of the current pass: of its backward, or of its forward."""
-        mine = self.current
+        mine, meter = self.current, self.meter
+        if meter is not None:
+            return partial(meter.wait, name)
         if name not in mine.schedule.windows:
             return nothing
         if forward:
@@ -140,7 +146,10 @@ class Pass:
         made = Segment(name, self._inside(function) if dropped else function, self, dropped, draws)
         if dropped:
             self._segments.setdefault(name, []).append(weakref.ref(made))
-        return made.forward(args, origins)
+        returned = made.forward(args, origins)
+        if dropped and self.owner.meter is not None:
+            self.owner.meter.dropped(name, made.dropped_bytes)
+        return returned
 
     def recompute(self, names: Iterable[str], arrived: Callable[[], bool]) -> None:
         """Computes segments ahead of their use, those that are still wanted."""
@@ -157,6 +166,8 @@ class Pass:
     def computed(self, name: str, took: float | StreamWait, hidden: bool) -> None:
         """Segment `name` was computed again."""
         (self.owner.spent.hidden if hidden else self.owner.spent.exposed).append(took)
+        if self.owner.meter is not None:
+            self.owner.meter.computed(name, took)
 
     def asked(self) -> None:
         """Backward has reached a segment."""

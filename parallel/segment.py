@@ -133,6 +133,10 @@ class Segment:
         self._saved: list[_Expected] = []
         self._readers: list[weakref.ref[Segment]] = []
         """Dropped segments that read what this one gives."""
+        self.dropped_bytes = 0
+        """Of storages that would have been kept: what it saved of its own, and what it gave."""
+        self._counted: dict[int, torch.UntypedStorage] = {}
+        """Held until the forward ends, so that none is taken for another one in its place."""
         self._args: list[Any] = []
         self._needs_grad: list[bool] = []
 
@@ -152,8 +156,10 @@ class Segment:
         if self.dropped:
             for number, output in enumerate(_tensors(returned)):
                 if _storage(output) not in sources:
+                    self._count(output)
                     base = output if output._base is None else output._base
                     setattr(base, _MADE_BY, (self, number))
+            self._counted.clear()
         return returned
 
     @property
@@ -220,11 +226,18 @@ class Segment:
         elif self.dropped and not self.watcher.is_weight(tensor):
             cell = Cell()
             packed = _Own(self, cell)
+            self._count(tensor)
         if self.dropped:
             digest = _digest(tensor) if self.watcher.debug and cell is not None else b""
             weak = None if cell is None else weakref.ref(cell)
             self._saved.append(_Expected(weak, tensor.shape, tensor.dtype, digest))
         return packed
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._counted:
+            self._counted[storage._cdata] = storage
+            self.dropped_bytes += storage.nbytes()
 
     def _unpack(self, packed: Any) -> Tensor:
         self.watcher.asked()

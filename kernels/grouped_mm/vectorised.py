@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +22,6 @@ _ROUND = 32
 
 Call = Callable[..., Any]
 """call(name, function, *args) -> function(*args): one of the three parts, for whoever computes parts again."""
-
-
-def _as_it_is(rows: Tensor) -> Tensor:
-    return rows
 
 
 def supported(x_RD: Tensor, *weights: Tensor) -> bool:
@@ -47,17 +44,8 @@ def grouped_swiglu(
         ends_e = lengths_e.cumsum(0, dtype=offsets_e.dtype)
     else:
         return _experts(x_RD, gate_up_e2FD, down_eDF, offsets_e, call)
-    source_N, position_R1 = _places(offsets_e, lengths_e, x_RD.size(0))
-    D = x_RD.size(1)
-
-    def spread(x_RD: Tensor) -> Tensor:
-        x_ND = permute(x_RD, source_N, position_R1)
-        return x_ND if longest is None else x_ND.view(-1, longest, D)
-
-    def gather(y: Tensor) -> Tensor:
-        return permute(y.view(-1, D), position_R1.view(-1), source_N.unsqueeze(1), may_be_empty=False)
-
-    return _experts(x_RD, gate_up_e2FD, down_eDF, ends_e, call, spread, gather)
+    places = _Places(longest, *_maps(offsets_e, lengths_e, x_RD.size(0)))
+    return _experts(x_RD, gate_up_e2FD, down_eDF, ends_e, call, places)
 
 
 def _sizes(x_RD: Tensor, offsets_e: Tensor) -> list[int]:
@@ -77,11 +65,29 @@ def _batched_length(sizes: list[int], dtype: torch.dtype) -> int | None:
     return longest if 0 < longest <= _FEW.get(dtype, 0) and used >= _USED * len(sizes) else None
 
 
-def _places(offsets_e: Tensor, lengths_e: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Where rows lie once group e has `lengths_e` of them (int64), zeros at its end.
+@dataclass(frozen=True)
+class _Places:
+    """Where rows lie once groups are padded."""
 
-    Row of each place [N], -1 where there is none, and place of each row [R, 1]; int64.
-    """
+    longest: int | None
+    """Rows of every group; None: they have lengths of their own."""
+    source_N: Tensor
+    """int64: row of each place, -1 where there is none."""
+    position_R1: Tensor
+    """int64: place of each row."""
+
+    def spread(self, x_RD: Tensor, source_N: Tensor, position_R1: Tensor) -> Tensor:
+        """Rows at their places, zeros elsewhere."""
+        x_ND = permute(x_RD, source_N, position_R1)
+        return x_ND if self.longest is None else x_ND.view(-1, self.longest, x_RD.size(1))
+
+    def gather(self, y: Tensor, source_N: Tensor, position_R1: Tensor) -> Tensor:
+        """Rows from their places."""
+        return permute(y.flatten(0, -2), position_R1.view(-1), source_N.unsqueeze(1), may_be_empty=False)
+
+
+def _maps(offsets_e: Tensor, lengths_e: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Of `_Places`, once group e has `lengths_e` rows (int64), zeros at its end."""
     ends_e = offsets_e.long()
     row_R = torch.arange(num_rows)
     group_R = torch.searchsorted(ends_e, row_R, right=True)
@@ -97,16 +103,24 @@ def _experts(
     down_eDF: Tensor,
     ends_e: Tensor | None,
     call: Call | None,
-    spread: Callable[[Tensor], Tensor] = _as_it_is,
-    gather: Callable[[Tensor], Tensor] = _as_it_is,
+    places: _Places | None = None,
 ) -> Tensor:
-    """`spread` and `gather` take rows to where groups end at `ends_e` (None: all have one length), and back."""
+    """Groups end at `ends_e`, or all have one length, as `places` says."""
+    maps = () if places is None else (places.source_N, places.position_R1)
+
+    def up(x_RD: Tensor, weight: Tensor, ends_e: Tensor | None, *maps: Tensor) -> Any:
+        return _Product.apply(places.spread(x_RD, *maps) if places else x_RD, weight, ends_e)
+
     if call is None:
-        gate_up = _Product.apply(spread(x_RD), gate_up_e2FD, ends_e)
-        return gather(_SwiGLUDown.apply(gate_up, down_eDF, ends_e))  # pyright: ignore[reportArgumentType]
-    gate_up = call("expert up", lambda x, w: _Product.apply(spread(x), w, ends_e), x_RD, gate_up_e2FD)
-    hidden = call("expert activation", _SwiGLU.apply, gate_up)
-    return call("expert down", lambda hidden, w: gather(_Product.apply(hidden, w, ends_e)), hidden, down_eDF)  # pyright: ignore[reportArgumentType]
+        y: Any = _SwiGLUDown.apply(up(x_RD, gate_up_e2FD, ends_e, *maps), down_eDF, ends_e)
+        return places.gather(y, *maps) if places else y
+
+    def down(hidden: Tensor, weight: Tensor, ends_e: Tensor | None, *maps: Tensor) -> Any:
+        y: Any = _Product.apply(hidden, weight, ends_e)
+        return places.gather(y, *maps) if places else y
+
+    gate_up = call("expert up", up, x_RD, gate_up_e2FD, ends_e, *maps)
+    return call("expert down", down, call("expert activation", _SwiGLU.apply, gate_up), down_eDF, ends_e, *maps)
 
 
 def _times(rows: Tensor, w_eNM: Tensor, offsets_e: Tensor | None) -> Tensor:

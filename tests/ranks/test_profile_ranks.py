@@ -10,11 +10,11 @@ import torch
 from spawned import run_ranks
 
 from wastenot.launch.env import Rank
+from wastenot.launch.planner_input import from_config
 from wastenot.launch.settings import parse_config
 from wastenot.parallel.lynx.calibration import Calibration, calibrated, fingerprint, timed_work
 from wastenot.parallel.lynx.cluster import read_cluster
 from wastenot.parallel.lynx.work import work_of
-from wastenot.tools.lynx_input import from_config
 from wastenot.tools.profile_machine.job import Effort, Job
 from wastenot.tools.profile_machine.rank import Measurement
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from wastenot.kernels.cross_entropy import vectorised
+from wastenot.launch.planner_input import from_config
 from wastenot.launch.settings import load_config
 from wastenot.launch.stage_sizes import layer_sizes
 from wastenot.parallel import vocabulary
@@ -22,7 +23,7 @@ from wastenot.parallel.lynx.optimizer_state import Optimizer
 from wastenot.parallel.lynx.shape import Experts, ModelShape
 from wastenot.parallel.lynx.weights import total
 from wastenot.parallel.lynx.work import work_of
-from wastenot.tools.lynx_input import from_config, read_model, shipped_models
+from wastenot.tools.lynx_input import read_model, shipped_models
 
 H100 = read_cluster("h100-nvlink8-ib")
 MIXTRAL = read_model("mixtral-8x7b").shape

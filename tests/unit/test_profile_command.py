@@ -13,6 +13,7 @@ import yaml
 
 from wastenot.launch.config import TrainConfig
 from wastenot.launch.env import Rank
+from wastenot.launch.planner_input import from_config
 from wastenot.launch.settings import parse_config
 from wastenot.moe.layer import MoELayer
 from wastenot.parallel.lynx.calibration import (
@@ -39,7 +40,6 @@ from wastenot.parallel.lynx.traffic import (
 from wastenot.parallel.lynx.work import work_of
 from wastenot.parallel.mesh import single
 from wastenot.tools.cli import main
-from wastenot.tools.lynx_input import from_config
 from wastenot.tools.profile_machine import command
 from wastenot.tools.profile_machine.device import figures
 from wastenot.tools.profile_machine.fit import LEAST_SPEED, fit_line, fit_link, speed_under

@@ -18,12 +18,12 @@ from typing import Literal
 from ...launch.config import DataConfig, LogConfig, LoopConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from ...launch.local import run_ranks
 from ...launch.optimizer_config import AdapproxConfig
+from ...launch.planner_input import from_config
 from ...moe.config import ModelConfig, MoEConfig
 from ...parallel.config import ParallelConfig
 from ...parallel.lynx.assess import assess
 from ...parallel.lynx.cluster import read_cluster
 from ...parallel.lynx.question import Question
-from ..lynx_input import from_config
 from . import layout_memory_ranks
 from .parity import LAYOUTS, name_of
 from .report import Goal, Report, Row, at_most, environment
