@@ -185,6 +185,19 @@ def shared_storage_runs_whole_backwards(config: TrainConfig) -> list[Violation]:
     return [Violation(("parallel.schedule", "parallel.shard"), message)]
 
 
+def lynx_plans_whole_layers(config: TrainConfig) -> list[Violation]:
+    if config.recompute.mode != "lynx":
+        return []
+    if config.parallel.shard > 1:
+        message = (
+            f"{config.parallel.shard} ranks gather weights for one use, in which nothing else is known to be there"
+        )
+        return [Violation(("parallel.shard", "recompute.mode"), f"{message}; use recompute.mode: full, or shard: 1")]
+    if config.train.precision == "fp64":
+        return [Violation(("train.precision", "recompute.mode"), "no plan is made for fp64; use fp32 or bf16")]
+    return []
+
+
 def optimizer_steps_parts(config: TrainConfig) -> list[Violation]:
     """Where `shard` or `tensor` ranks hold parts of weights, which optimizers step them as one process would."""
     parallel, optimizer = config.parallel, config.optimizer
@@ -269,6 +282,7 @@ LAYOUT_RULES = (
     experts_split_over_storage,
     tensor_ranks_share,
     emulation_is_not_cut,
+    lynx_plans_whole_layers,
     optimizer_steps_parts,
     shared_storage_runs_whole_backwards,
     layers_make_stages,

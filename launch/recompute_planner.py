@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ from ..parallel.lynx.question import Question
 from ..parallel.lynx.solution import InfeasibleError
 from ..parallel.lynx.solve import solve
 from ..parallel.lynx.stages import Costs
-from ..parallel.lynx.units import show_quantity
 from ..parallel.mesh import Mesh
 from ..parallel.meter import Meter
 from ..parallel.recomputation import Schedule
@@ -66,6 +65,17 @@ class Plan:
     def schedule(self) -> Schedule:
         """To run."""
         return Schedule(frozenset(self.dropped), self.windows)
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        windows = {name: list(each) for name, each in self.windows.items()}
+        return {**asdict(self), "dropped": list(self.dropped), "windows": windows}
+
+    @classmethod
+    def from_plain(cls, given: Mapping[str, Any]) -> Plan:
+        """What `to_plain` gave."""
+        windows = {name: tuple(each) for name, each in given["windows"].items()}
+        return cls(**{**given, "dropped": tuple(given["dropped"]), "windows": windows})
 
 
 @dataclass(frozen=True)
@@ -138,20 +148,25 @@ class Planner:
         whole, part = self._over_ranks([statistics.median(step_seconds), exposed_seconds / len(step_seconds)], "mean")
         return Measurement(kinds, whole, part)
 
-    def plan(self, measurement: Measurement, solver: str | None = None, budget: int | None = None) -> Plan:
-        """The plan for the run's budget, or another one. Raises UserError where nothing fits in it."""
+    def plan(
+        self, measurement: Measurement, spare: int = 0, *, solver: str | None = None, budget: int | None = None
+    ) -> Plan:
+        """The plan for the run's solver and budget, or others, that leaves `spare` bytes of it.
+
+        Raises UserError where nothing fits.
+        """
         solver, budget = solver or self.config.recompute.solver, self.budget if budget is None else budget
         dropped: list[str] = []
         windows: dict[str, tuple[str, ...]] = {}
         hidden = exposed = 0.0
         peak = 0
-        for stage, numbers in self.measured_stages(measurement, budget):
+        for stage, numbers in self.measured_stages(measurement, budget - spare):
             try:
                 solution = solve(stage, solver, self.question.time_limit)
             except InfeasibleError as error:
                 raise UserError(
-                    f"recompute.budget: {show_quantity(budget, 'B')} are too few for this run with solver {solver}; "
-                    f"the smallest that fits is {show_quantity(error.smallest, 'B')}"
+                    f"recompute.budget: {_mib(budget)} is too little for this run with solver {solver}; the smallest "
+                    f"that fits is {_mib(error.smallest + spare)}"
                 ) from error
             named = by_name(stage, solution.assignment, numbers)
             dropped += named.dropped
@@ -204,6 +219,11 @@ def _mean(found: Mapping[str, list[float]], numbers: set[int], name: str, micro_
     return statistics.fmean(_sizes(found, numbers, name, micro_batches))
 
 
+def _mib(num_bytes: int) -> str:
+    """Rounded up."""
+    return f"{-(-num_bytes // 2**20)}MiB"
+
+
 def budget_bytes(config: TrainConfig, mesh: Mesh) -> int:
     """`recompute.budget` of a rank; `auto` is what the device has, or a rank's part of the machine's memory."""
     given = config.recompute.budget
@@ -211,7 +231,7 @@ def budget_bytes(config: TrainConfig, mesh: Mesh) -> int:
         return int(given)
     if mesh.device.type == "cuda":
         return int(PART * torch.cuda.get_device_properties(mesh.device).total_memory)
-    return int(PART * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // detect().local_world
+    return int(PART * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // detect(os.environ).local_world
 
 
 def _cluster(mesh: Mesh) -> Cluster:

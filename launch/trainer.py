@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..kernels.backend import implementation
 from ..moe.accounts import merge
@@ -46,6 +48,9 @@ from .straggler import straggler
 from .summary import Summary, finish
 from .tokenizer import load_tokenizer
 from .watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from .recompute_loop import RecomputeLoop
 
 
 class TrainingFailedError(RuntimeError):
@@ -104,6 +109,12 @@ class Trainer:
         gradients = Gradients(self.model, mesh, config.parallel.bucket_bytes)
         samples = Samples(self.shards, config.data.seq_len, config.train.seed)
         self.stepper = make_stepper(config, mesh, self.model, self.optimizer, gradients, samples)
+        self.recompute: RecomputeLoop | None = None
+        if config.recompute.mode == "lynx":
+            # Imported here: planners take a second that others need not spend.
+            from .recompute_loop import RecomputeLoop
+
+            self.recompute = RecomputeLoop(config, mesh, self.model, self.optimizer, self.console.say)
         self.checkpoints = Checkpointer(
             self.folder.checkpoints, mesh, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
         )
@@ -135,7 +146,7 @@ class Trainer:
         with self.console.following("train", config.train.steps, progress.step) as line, self._profiling() as tick:
             while progress.step < config.train.steps:
                 self.watchdog.at(progress.step, "training")
-                result = self.stepper.step(progress.step, progress.samples, stop.requested)
+                result = self._step(stop.requested)
                 progress.step += 1
                 progress.samples += config.train.batch
                 in_a_row = 0 if result.applied else in_a_row + 1
@@ -149,6 +160,8 @@ class Trainer:
                     progress.seconds += now - mark
                     mark, mark_step = now, progress.step
                     numbers = self._measure(result, step_s, loads)
+                    if self.recompute is not None:
+                        self.recompute.look()
                     loads = Loads()
                     if metrics is not None:
                         metrics.write(**numbers)
@@ -171,6 +184,19 @@ class Trainer:
                     self.save()
                 mark += time.perf_counter() - paused  # speed is the speed of training
         return self._end(metrics)
+
+    def _step(self, stop: bool) -> StepResult:
+        done: list[StepResult] = []
+
+        def run() -> Tensor:
+            done.append(self.stepper.step(self.progress.step, self.progress.samples, stop))
+            return done[0].counts
+
+        if self.recompute is None:
+            run()
+        else:
+            self.recompute.step(run)
+        return done[0]
 
     def _end(self, metrics: MetricsWriter | None) -> Summary:
         evaluation = self.evaluated.get(self.progress.step) or self._evaluate(metrics)
@@ -196,7 +222,9 @@ class Trainer:
         """Saves a checkpoint of everything that decides how the run goes on."""
         self.watchdog.at(self.progress.step, "saving")
         state = training_state(self.model, self.optimizer, self.mesh, self.is_expert)
-        meta = {"progress": asdict(self.progress), "config": as_mapping(self.config)}
+        meta: dict[str, Any] = {"progress": asdict(self.progress), "config": as_mapping(self.config)}
+        if self.recompute is not None:
+            meta["recompute"] = self.recompute.state()
         # Saving is not training: the ledger of a run that was cut elsewhere is the same.
         with self.ledger.paused():
             self.checkpoints.save(self.progress.step, state, meta)
@@ -233,6 +261,8 @@ class Trainer:
             return
         self.progress = Progress(**meta["progress"])
         self.saved_at = self.progress.step if path.parent == self.folder.checkpoints else None
+        if self.recompute is not None:
+            self.recompute.load(meta.get("recompute"))
         self.console.say(f"resumed from {path} at step {self.progress.step}")
 
     def _evaluate(self, metrics: MetricsWriter | None) -> Evaluation:
@@ -283,7 +313,8 @@ class Trainer:
     def _measure(self, result: StepResult, step_s: float, loads: Loads) -> dict[str, object]:
         """One line of metrics.jsonl; `loads` are those of all steps since the last line."""
         config, mesh = self.config, self.mesh
-        told = self.ledger.page(), measure(self.optimizer)
+        told = self.ledger.page(), measure(self.optimizer), self.model.recomputation.spent.take()
+        planned = {} if self.recompute is None else self.recompute.numbers()
         gathered = gather_to_root(told, mesh.world, "ledger", mesh.recorder)
         # Only now: the account of the steps does not hold its own gathering.
         self.ledger.clear()
@@ -300,9 +331,11 @@ class Trainer:
         }
         if gathered is None:
             return numbers
-        pages = [page for page, _ in gathered]
+        pages = [page for page, *_ in gathered]
         numbers |= merge(pages, loads.read(), tokens * pages[0].steps)
-        numbers |= in_all([state for _, state in gathered]).numbers()
+        numbers |= in_all([state for _, state, _ in gathered]).numbers()
+        hidden, exposed = (sum(each) for each in zip(*(spent for *_, spent in gathered), strict=True))
+        numbers |= {"recompute_hidden_seconds": hidden, "recompute_exposed_seconds": exposed, **planned}
         slow = straggler([page.waited_s for page in pages], pages[0].steps * step_s, pages[0].steps)
         if slow is not None:
             numbers["slow_rank"] = slow.rank

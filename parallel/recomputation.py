@@ -59,15 +59,18 @@ class Spent:
     """Begun while what its window waits for was on its way."""
     exposed: list[float | StreamWait] = field(default_factory=list)
 
+    def seconds(self) -> tuple[float, float]:
+        """Hidden and exposed. Waits for the device where that computes."""
+        for part in (self.hidden, self.exposed):
+            part[:] = [sum((each.seconds() if isinstance(each, StreamWait) else each for each in part), 0.0)]
+        return float(self.hidden[0]), float(self.exposed[0])  # pyright: ignore[reportArgumentType]
+
     def take(self) -> tuple[float, float]:
-        """Seconds hidden and exposed; starts anew. Waits for the device where that computes."""
-        found = tuple(
-            float(sum(each.seconds() if isinstance(each, StreamWait) else each for each in part))
-            for part in (self.hidden, self.exposed)
-        )
+        """As `seconds`; starts anew."""
+        found = self.seconds()
         self.hidden.clear()
         self.exposed.clear()
-        return found[0], found[1]
+        return found
 
 
 class Recomputation:
@@ -90,8 +93,11 @@ class Recomputation:
     def begin(self, module: nn.Module) -> None:
         """A forward of `module` begins, whose weights are there until its backward ends."""
         self._passes = [weak for weak in self._passes if (each := weak()) is not None and not each.is_begun]
+        if not self.schedule.dropped or not torch.is_grad_enabled():
+            self.current = Pass(self, KEEP, frozenset())
+            return
         weights = frozenset(weight.untyped_storage()._cdata for weight in module.parameters())
-        self.current = Pass(self, self.schedule if torch.is_grad_enabled() else KEEP, weights)
+        self.current = Pass(self, self.schedule, weights)
         self._passes.append(weakref.ref(self.current))
 
     def segment(self, name: str, function: Callable[..., Any], *args: Any, draws: bool = False) -> Any:

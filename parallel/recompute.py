@@ -17,10 +17,12 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .config import RecomputeConfig
-from .recomputation import During, Recomputation, nothing
+from .recomputation import During, Recomputation, Spent, nothing
+from .stopwatch import Stopwatch
 
 Call = Callable[..., Any]
 """call(function, *args) -> function(*args). Where it computes again, it keeps `args` and nothing else."""
@@ -31,14 +33,14 @@ def plainly(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-def locally(function: Callable[..., Any], *args: Any) -> Any:
+def locally(spent: Spent, function: Callable[..., Any], *args: Any) -> Any:
     """Computes again a function that draws no random numbers and sends nothing."""
     if not torch.is_grad_enabled():
         return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(_timed(function, spent), *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def wholly(function: Callable[..., Any], *args: Any) -> Any:
+def wholly(spent: Spent, function: Callable[..., Any], *args: Any) -> Any:
     """Computes again a function with the random numbers that it drew, and sends again what it sent.
 
     Ranks that called it together do so again together: in backward, when the first of its nodes is reached. What
@@ -46,7 +48,26 @@ def wholly(function: Callable[..., Any], *args: Any) -> Any:
     """
     if not torch.is_grad_enabled():
         return function(*args)
-    return checkpoint(function, *args, use_reentrant=False)
+    return checkpoint(_timed(function, spent), *args, use_reentrant=False)
+
+
+def _timed(function: Callable[..., Any], spent: Spent) -> Callable[..., Any]:
+    """`function`, of which every call but the first is recomputation that nothing hides."""
+    calls = 0
+
+    def call(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            return function(*args)
+        watch = Stopwatch(next((arg.device for arg in args if isinstance(arg, Tensor)), torch.device("cpu")))
+        try:
+            return function(*args)
+        finally:
+            # Also where it ends early, with all that was wanted.
+            spent.exposed.append(watch.stop())
+
+    return call
 
 
 class Operator(Protocol):
@@ -89,13 +110,17 @@ class Calls:
 
 
 PLAIN = Calls()
-_CALLS = {"none": PLAIN, "selective": Calls(hidden=locally), "full": Calls(block=wholly)}
 
 
 def calls_of(config: RecomputeConfig, recomputation: Recomputation, layer: int) -> Calls:
     """What `config` asks for in layer number `layer` of a model with this `recomputation`, whose names begin so."""
-    if config.mode != "lynx":
-        return _CALLS[config.mode]
+    spent = recomputation.spent
+    if config.mode == "selective":
+        return Calls(hidden=partial(locally, spent))
+    if config.mode == "full":
+        return Calls(block=partial(wholly, spent))
+    if config.mode == "none":
+        return PLAIN
     return Calls(operator=partial(_operator, recomputation, layer), windows=partial(_window, recomputation, layer))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wastenot.launch.config import TrainConfig
 from wastenot.launch.optimizer import make_optimizer
+from wastenot.launch.peak_memory import peak_bytes
 from wastenot.launch.precision import compute_dtype, weight_dtype
 from wastenot.launch.step import make_stepper
 from wastenot.launch.trainer import stages_of
@@ -28,7 +29,7 @@ from wastenot.parallel.config import ParallelConfig, RecomputeConfig
 from wastenot.parallel.gradients import Gradients
 from wastenot.parallel.mesh import Mesh, make_mesh, single
 from wastenot.parallel.tensor import local
-from wastenot.tools.bench.memory import peak_bytes, saved_for_backward
+from wastenot.tools.bench.memory import saved_for_backward
 from wastenot.tools.random_tokens import RandomTokens
 
 MODES = ("none", "selective", "full")

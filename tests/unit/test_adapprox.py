@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from wastenot.kernels.lowrank import SecondMoment, second_moment
 from wastenot.kernels.lowrank.vectorised import Tile
+from wastenot.launch.peak_memory import peak_bytes
 from wastenot.parallel.optim import Adapprox
 from wastenot.parallel.optim import srsi as srsi_module
 from wastenot.parallel.optim.momentum import new_momentum, read, write
 from wastenot.parallel.optim.noise import gaussian
 from wastenot.parallel.optim.rank import growth, is_factored, max_rank, search
 from wastenot.parallel.optim.srsi import orthonormal, srsi
-from wastenot.tools.bench.memory import peak_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

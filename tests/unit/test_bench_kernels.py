@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from wastenot.launch.peak_memory import peak_bytes
 from wastenot.tools.bench import kernels
 from wastenot.tools.bench.interleave import Timings
 from wastenot.tools.bench.layer_cases import (
@@ -16,7 +17,7 @@ from wastenot.tools.bench.layer_cases import (
 )
 from wastenot.tools.bench.layer_floor import Floor
 from wastenot.tools.bench.layer_reference import Outcome, differences, reference
-from wastenot.tools.bench.memory import peak_bytes, saved_for_backward
+from wastenot.tools.bench.memory import saved_for_backward
 from wastenot.tools.bench.peers import roster, torchtitan
 from wastenot.tools.bench.peers.layers import LAYERS, start_layer
 from wastenot.tools.bench.peers.roster import OURS, LeftOut

@@ -7,13 +7,13 @@ import torch
 import yaml
 
 from wastenot.launch.layout_rules import world_rules
+from wastenot.launch.peak_memory import actual_changes, peak_bytes
 from wastenot.launch.settings import dump_config, parse_config
 from wastenot.parallel.config import ParallelConfig
 from wastenot.parallel.mesh import single
 from wastenot.tools.bench import layout_memory, parity
 from wastenot.tools.bench.layout_memory import PARTS, Case
 from wastenot.tools.bench.layout_memory_ranks import bytes_of
-from wastenot.tools.bench.memory import actual_changes, peak_bytes
 
 MEASURED = {"weights": 100, "gradients": 100, "optimizer": 200, "step": 400}
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...launch.peak_memory import peak_bytes
 from ...parallel.optim import Adapprox
 from .adapprox_check import check
 from .adapprox_shapes import MODELS, Rank, Shape, Shapes, expected_bytes
 from .machine import use_the_machine
-from .memory import peak_bytes
 from .report import Goal, Report, Row, at_most, environment
 
 PUBLISHED: Mapping[tuple[str, Rank, str], float] = {

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ...launch.optimizer_state import state_bytes
+from ...launch.profiling import cpu_profile
 from ...moe.config import ModelConfig, MoEConfig
 from ...moe.decoder import build_decoder
 from ...parallel.mesh import single
@@ -26,7 +27,6 @@ from .adapprox_speed_cases import Shapes, largest_rank, made_parameters
 from .cases import Case, make_batch
 from .interleave import Timings, interleave
 from .machine import use_the_machine
-from .profiling import cpu_profile
 from .report import Goal, Report, Row, at_most, environment
 
 CYCLE = 10

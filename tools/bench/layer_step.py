@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ...launch.peak_memory import peak_bytes
 from .layer_cases import LayerCase, LayerWeights, make_tokens
 from .layer_reference import Outcome, differences
-from .memory import peak_bytes, saved_for_backward
+from .memory import saved_for_backward
 
 Pass = Literal["forward", "both"]
 PASSES: tuple[Pass, ...] = ("forward", "both")

@@ -11,19 +11,20 @@ import os
 import pickle
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ...launch.config import TrainConfig
 from ...launch.env import detect, start, stop
 from ...launch.memory import keep_freed_memory
 from ...launch.optimizer import make_optimizer
 from ...launch.optimizer_state import state_bytes
+from ...launch.peak_memory import peak_bytes, storage_bytes
 from ...launch.precision import compute_dtype
 from ...launch.run_folder import write_atomically
 from ...launch.step import Stepper, make_stepper
@@ -31,9 +32,7 @@ from ...launch.trainer import stages_of
 from ...moe.decoder import build_decoder
 from ...parallel.gradients import Gradients
 from ...parallel.mesh import Mesh, make_mesh
-from ...parallel.tensor import local
 from ..random_tokens import RandomTokens
-from .memory import peak_bytes
 
 WARM_UP = 1
 """Steps before the one that is counted: they make the optimizer's state."""
@@ -68,12 +67,6 @@ def bytes_of(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
 
 def _gradient_bytes(model: nn.Module) -> int:
     return storage_bytes(p.grad for p in model.parameters() if p.grad is not None)
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the storages behind this rank's parts of `tensors`, each once."""
-    parts = [local(tensor.detach()) for tensor in tensors]
-    return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}.values())
 
 
 def _step(stepper: Stepper, step: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch.profiler import record_function
 
-from .profiling import cpu_profile
+from ...launch.profiling import cpu_profile
 
 _STEP = "bench_step"
 _INSIDE = re.compile(
