@@ -369,11 +369,38 @@ def test_the_vocabulary_holds_the_tokenizer() -> None:
 
 
 def test_a_configuration_from_before_recomputation_keeps_everything() -> None:
-    text = dump_config(TrainConfig())
-    assert "\nrecompute:\n  mode: none\n" in text
-    old = parse_yaml(text.replace("recompute:\n  mode: none\n", ""), "old")
-    assert "recompute" not in old
+    old = parse_yaml(dump_config(TrainConfig()), "old")
+    assert old.pop("recompute")["mode"] == "none"
     assert parse_config(old, "old") == TrainConfig()
-    for mode in ("none", "selective", "full"):
+    for mode in ("none", "selective", "full", "lynx"):
         asked = TrainConfig(recompute=RecomputeConfig(mode=mode))
         assert parse_config({"recompute": {"mode": mode}}, "new") == asked
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"budget": 0}, "budget: 0 holds nothing"),
+        ({"measure_steps": 0}, "measure_steps: 0 measures nothing"),
+        ({"drift": 1.5}, "drift: 1.5 is no part"),
+    ],
+)
+def test_options_of_lynx_that_make_no_sense_are_refused(options: dict[str, object], told: str) -> None:
+    with pytest.raises(UserError, match=f"recompute.{told}"):
+        parse_config({"recompute": {"mode": "lynx", **options}}, "new")
+
+
+def test_lynx_takes_a_budget_in_words() -> None:
+    assert parse_config({"recompute": {"mode": "lynx", "budget": "3GiB"}}, "new").recompute.budget == 3 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"parallel": {"shard": 2}}, "parallel.shard"),
+        ({"train": {"precision": "fp64"}}, "train.precision"),
+    ],
+)
+def test_lynx_says_what_it_does_not_plan_for(options: dict[str, object], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        parse_config({"recompute": {"mode": "lynx"}, **options}, "new")
