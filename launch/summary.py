@@ -45,6 +45,12 @@ class Summary:
     """That ranks handed to collectives, over all ranks and steps."""
     waited_ratio: float | None
     """Part of the training time that a rank stood still for collectives, mean over ranks."""
+    communication_hidden_ratio: float | None
+    """Part of the time that collectives travelled in which a rank did other things; known on CPUs."""
+    recompute_seconds: float
+    """That backward computed again, over all ranks and steps, ..."""
+    recompute_hidden_ratio: float | None
+    """... and the part of it that ran under communication; None where nothing was computed again."""
     expert_load_max_over_mean: float | None
     """Of the last steps; as all that follows up to `unserved_ratio`, None for a model without experts."""
     kept_ratio: float | None
@@ -95,13 +101,18 @@ def finish(
     picture = draw(folder.picture, lines, ngram) if mesh.world.rank == 0 else None
     account = sum_up(steps)
     ratios: dict[str, float | None] = dict.fromkeys(RATIOS)
-    waited_ratio = None
+    waited_ratio = communication_hidden_ratio = recompute_hidden_ratio = None
+    recompute_s = 0.0
     if account is not None:
         tokens = tokens_per_step * account["steps"]
         if "slots" in account:
             ratios |= slot_ratios(account["slots"], tokens)
         rank_seconds = sum(line["step_seconds"] * line["ledger_steps"] for line in steps) * mesh.world.size
         waited_ratio = account["waited_seconds"] / rank_seconds if rank_seconds else None
+        travelled = account["hidden_seconds"] + account["waited_seconds"]
+        communication_hidden_ratio = account["hidden_seconds"] / travelled if account["hidden_seconds"] else None
+        recompute_s = account["recompute_hidden_seconds"] + account["recompute_exposed_seconds"]
+        recompute_hidden_ratio = account["recompute_hidden_seconds"] / recompute_s if recompute_s else None
         told = {"tokens": tokens, "world": mesh.world.size, "training_seconds": progress["seconds"]}
         optimizer = {name: steps[-1][name] for name in OPTIMIZER if name in steps[-1]}
         if optimizer_state:
@@ -120,6 +131,9 @@ def finish(
         skipped_steps=progress["skipped"],
         sent_bytes=0 if account is None else account["sent_bytes"],
         waited_ratio=waited_ratio,
+        communication_hidden_ratio=communication_hidden_ratio,
+        recompute_seconds=recompute_s,
+        recompute_hidden_ratio=recompute_hidden_ratio,
         expert_load_max_over_mean=steps[-1].get("expert_load_max_over_mean") if steps else None,
         **ratios,
         optimizer_bytes_per_parameter=steps[-1].get("optimizer_bytes_per_parameter") if steps else None,
@@ -175,6 +189,10 @@ def print_table(summary: Summary, folder: RunFolder, console: Console) -> None:
         per_step = summary.sent_bytes / summary.world / max(1, summary.steps) / 1e6
         waited = f"{summary.waited_ratio:.1%} of the time waited for others"
         facts.add_row("exchange", f"{per_step:,.2f} MB sent per rank and step; {waited}")
+    if summary.recompute_hidden_ratio is not None:
+        per_step = summary.recompute_seconds / summary.world / max(1, summary.steps)
+        hidden = f"{summary.recompute_hidden_ratio:.0%} of it while communicating"
+        facts.add_row("recomputation", f"{1e3 * per_step:,.1f} ms per rank and step, {hidden}")
     if summary.optimizer_bytes_per_parameter is not None:
         beside = f"{summary.optimizer_part_of_adamw:.0%} of AdamW's"
         facts.add_row("optimizer state", f"{summary.optimizer_bytes_per_parameter:.2f} bytes per parameter, {beside}")

@@ -79,7 +79,7 @@ class Watchdog:
         self._launched = None
         self._moved = time.monotonic()
 
-    def collective_left(self, name: str, waited: float | StreamWait) -> None:
+    def collective_left(self, name: str, waited: float | StreamWait, hidden: float = 0.0) -> None:
         """See parallel.events.Recorder."""
         number = next((number for number, other in self._open.items() if other == name), None)
         if number is not None:

@@ -29,10 +29,11 @@ def merge(pages: Sequence[Page], load: Load | None, tokens: int) -> dict[str, An
         "ledger_steps": pages[0].steps,
         "sent_bytes": sum(page.sent_bytes for page in pages),
         "waited_seconds": sum(page.waited_s for page in pages),
+        "hidden_seconds": sum(page.hidden_s for page in pages),
         "sent_bytes_by_rank": [page.sent_bytes for page in pages],
         "waited_seconds_by_rank": [page.waited_s for page in pages],
         "collectives": {
-            kind: {"calls": t.calls, "bytes": t.num_bytes, "waited_seconds": t.waited_s}
+            kind: {"calls": t.calls, "bytes": t.num_bytes, "waited_seconds": t.waited_s, "hidden_seconds": t.hidden_s}
             for kind, t in sorted(collectives.items())
         },
     }
@@ -78,6 +79,10 @@ def slot_ratios(slots: Mapping[str, Sequence[int]], tokens: int) -> dict[str, fl
     return ratios
 
 
+HIDING = ("hidden_seconds", "recompute_hidden_seconds", "recompute_exposed_seconds")
+"""Of communication and recomputation, over all ranks; lines of earlier versions have none."""
+
+
 def sum_up(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The account of a whole run from its lines of metrics (those of training, in order); None where there are none.
 
@@ -90,13 +95,14 @@ def sum_up(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     collectives: dict[str, dict[str, float]] = {}
     for line in lines:
         for kind, total in line["collectives"].items():
-            into = collectives.setdefault(kind, dict.fromkeys(total, 0))
+            into = collectives.setdefault(kind, {})
             for key, value in total.items():
-                into[key] += value
+                into[key] = into.get(key, 0) + value
     account = {
         "steps": sum(line["ledger_steps"] for line in lines),
         "sent_bytes": sum(line["sent_bytes"] for line in lines),
         "waited_seconds": sum(line["waited_seconds"] for line in lines),
+        **{name: sum(line.get(name, 0.0) for line in lines) for name in HIDING},
         "sent_bytes_by_rank": added([line["sent_bytes_by_rank"] for line in lines]),
         "waited_seconds_by_rank": added([line["waited_seconds_by_rank"] for line in lines]),
         "collectives": collectives,

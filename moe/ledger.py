@@ -102,6 +102,8 @@ class Exchanged:
     calls: int = 0
     num_bytes: int = 0
     waited_s: float = 0.0
+    hidden_s: float = 0.0
+    """Travelling while the rank did other things; on CPUs, elsewhere it is not known."""
     on_device: list[StreamWait] = field(default_factory=list)
     """Waits that are not in `waited_s` yet."""
 
@@ -114,6 +116,7 @@ class Exchanged:
         self.calls += other.calls
         self.num_bytes += other.num_bytes
         self.waited_s += other.waited_s
+        self.hidden_s += other.hidden_s
         return self
 
 
@@ -132,8 +135,9 @@ class Ledger:
         total.calls += 1
         total.num_bytes += num_bytes
 
-    def collective_left(self, name: str, waited: float | StreamWait) -> None:
+    def collective_left(self, name: str, waited: float | StreamWait, hidden: float = 0.0) -> None:
         total = self.by_name.setdefault(name, Exchanged())
+        total.hidden_s += hidden
         if isinstance(waited, StreamWait):
             total.on_device.append(waited)
         else:
@@ -190,6 +194,10 @@ class Page:
     @property
     def sent_bytes(self) -> int:
         return sum(total.num_bytes for total in self.collectives.values())
+
+    @property
+    def hidden_s(self) -> float:
+        return sum(total.hidden_s for total in self.collectives.values())
 
     @property
     def waited_s(self) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .events import Recorder
 from .mesh import Axis, Mesh
 from .recomputation import During, nothing
-from .stopwatch import Stopwatch
+from .stopwatch import Stopwatch, Underway
 
 # torch 2.13 renamed these; the old names warn there.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -51,6 +51,7 @@ class _Flight:
         recorder.collective_entered(name, away * rows.size(-1) * rows.element_size())
         self.received = rows.new_empty((sum(splits.receive), rows.size(-1)))
         self.pieces = [self._launch(rows.contiguous(), i, axis) for i in range(splits.pieces)]
+        self.underway = Underway((work for work, *_ in self.pieces), rows.device)
 
     def _launch(self, rows: Tensor, piece: int, axis: Axis) -> tuple[dist.Work | None, Tensor, Tensor, list[int]]:
         """Starts piece number `piece`; both buffers must live until it is done."""
@@ -72,7 +73,7 @@ class _Flight:
     def land(self, during: During = nothing) -> Tensor:
         """Waits until everything has arrived, and does `during` before."""
         during(self.arrived)
-        watch = Stopwatch(self.received.device)
+        hidden, watch = self.underway.hidden(), Stopwatch(self.received.device)
         for i, (work, _, received, receive) in enumerate(self.pieces):
             if work is not None:
                 work.wait()
@@ -80,7 +81,7 @@ class _Flight:
                 into = _cut(self.received.split(self.splits.receive), i, self.splits.pieces)
                 for part, arrived in zip(into, received.split(receive), strict=True):
                     part.copy_(arrived)
-        self.recorder.collective_left(self.name, watch.stop())
+        self.recorder.collective_left(self.name, watch.stop(), hidden)
         self.pieces.clear()
         return self.received
 
@@ -223,13 +224,16 @@ class Journey:
     name: str
     recorder: Recorder
 
+    def __post_init__(self) -> None:
+        self._underway = Underway([self.work], self.received.device)
+
     def land(self, during: During = nothing) -> Tensor:
         """What it brings, after `during`."""
         during(lambda: self.work is None or self.work.is_completed())
-        watch = Stopwatch(self.received.device)
+        hidden, watch = self._underway.hidden(), Stopwatch(self.received.device)
         if self.work is not None:
             self.work.wait()
-        self.recorder.collective_left(self.name, watch.stop())
+        self.recorder.collective_left(self.name, watch.stop(), hidden)
         return self.unpack(self.received)
 
 

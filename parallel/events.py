@@ -15,8 +15,11 @@ class Recorder(Protocol):
         """This rank starts `name` (say `dispatch`), sending `num_bytes` to other ranks."""
         ...
 
-    def collective_left(self, name: str, waited: float | StreamWait) -> None:
-        """`name` is complete, or on CUDA in line; `waited` is the time in seconds that this rank stood still for it."""
+    def collective_left(self, name: str, waited: float | StreamWait, hidden: float = 0.0) -> None:
+        """`name` is complete, or on CUDA in line; `waited` is the time in seconds that this rank stood still for it.
+
+        hidden: seconds that it travelled before while this rank did other things, as far as that is known.
+        """
         ...
 
 
@@ -30,6 +33,6 @@ class Recorders:
         for recorder in self.recorders:
             recorder.collective_entered(name, num_bytes)
 
-    def collective_left(self, name: str, waited: float | StreamWait) -> None:
+    def collective_left(self, name: str, waited: float | StreamWait, hidden: float = 0.0) -> None:
         for recorder in self.recorders:
-            recorder.collective_left(name, waited)
+            recorder.collective_left(name, waited, hidden)

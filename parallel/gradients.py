@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .collectives import all_reduce
 from .expert import expert_parameter_names
 from .mesh import Axis, Mesh
-from .stopwatch import Stopwatch
+from .stopwatch import Stopwatch, Underway
 from .tensor import local, placed_as, tensor_parameters
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class _Bucket:
             start += part.numel()
         self.missing = len(parameters)
         self.work: dist.Work | None = None
+        self.underway: Underway | None = None
 
     def attach(self) -> None:
         for p, view in zip(self.parameters, self.views, strict=True):
@@ -117,6 +118,7 @@ class Gradients:
                 num_bytes = bucket.flat.numel() * bucket.flat.element_size()
                 self.mesh.recorder.collective_entered(bucket.name, num_bytes)
                 bucket.work = dist.all_reduce(bucket.flat, group=bucket.axis.group, async_op=True)
+                bucket.underway = Underway([bucket.work], bucket.flat.device)
 
     def zero(self) -> None:
         """Zeroes all gradients; call before the first micro-batch of a step."""
@@ -139,11 +141,11 @@ class Gradients:
             yield
             self._launch(complete_only=False)  # also buckets that some parameter never reached
             for bucket in self._order:
-                if bucket.work is not None:
-                    watch = Stopwatch(bucket.flat.device)
+                if bucket.work is not None and bucket.underway is not None:
+                    hidden, watch = bucket.underway.hidden(), Stopwatch(bucket.flat.device)
                     bucket.work.wait()
                     bucket.work = None
-                    self.mesh.recorder.collective_left(bucket.name, watch.stop())
+                    self.mesh.recorder.collective_left(bucket.name, watch.stop(), hidden)
             if self.sharded is not None:
                 self.sharded.complete()
         finally:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 
 
 class StreamWait:
@@ -36,3 +38,30 @@ class Stopwatch:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+class Underway:
+    """How long collectives travel while their rank does other things; known on CPUs, where the host sees them arrive.
+
+    Runs from its making, which is when they start.
+    """
+
+    def __init__(self, works: Iterable[dist.Work | None], device: torch.device) -> None:
+        self._start = time.perf_counter()
+        self._is_known = device.type == "cpu"
+        self._missing = 0
+        self._arrived = self._start
+        for work in works if self._is_known else ():
+            if work is not None:
+                self._missing += 1
+                work.get_future().add_done_callback(self._arrive)
+
+    def hidden(self) -> float:
+        """Seconds until now, or until all had arrived; 0 where that is not known."""
+        if not self._is_known:
+            return 0.0
+        return (time.perf_counter() if self._missing else self._arrived) - self._start
+
+    def _arrive(self, _: object) -> None:
+        self._arrived = time.perf_counter()
+        self._missing -= 1

@@ -22,7 +22,7 @@ class Log:
         self.events.append(f"+{name}")
         self.num_bytes += num_bytes
 
-    def collective_left(self, name: str, waited_s: float) -> None:
+    def collective_left(self, name: str, waited_s: float, hidden: float = 0.0) -> None:
         assert waited_s >= 0
         self.events.append(f"-{name}")
 

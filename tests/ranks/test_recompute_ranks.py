@@ -74,7 +74,7 @@ class Heard:
     def collective_entered(self, name: str, num_bytes: int) -> None:
         self.entered.append((name, num_bytes))
 
-    def collective_left(self, name: str, waited: Any) -> None:
+    def collective_left(self, name: str, waited: Any, hidden: float = 0.0) -> None:
         pass
 
 

@@ -216,7 +216,7 @@ class Diary(Recorder):
     def collective_entered(self, name: str, num_bytes: int) -> None:
         self.events.append(f"{name.removeprefix('layer0.')} leaves")
 
-    def collective_left(self, name: str, waited_s: float) -> None:
+    def collective_left(self, name: str, waited_s: float, hidden: float = 0.0) -> None:
         self.events.append(f"{name.removeprefix('layer0.')} arrived")
 
 

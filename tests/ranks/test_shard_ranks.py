@@ -60,7 +60,7 @@ class Heard:
     def collective_entered(self, name: str, num_bytes: int) -> None:
         self.num_bytes[name] = self.num_bytes.get(name, 0) + num_bytes
 
-    def collective_left(self, name: str, waited: float) -> None:  # pyright: ignore
+    def collective_left(self, name: str, waited: float, hidden: float = 0.0) -> None:  # pyright: ignore
         self.waited[name] = self.waited.get(name, 0) + waited
 
 

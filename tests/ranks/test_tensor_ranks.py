@@ -294,7 +294,7 @@ class Names:
     def collective_entered(self, name: str, num_bytes: int) -> None:
         self.entered.append((name, num_bytes))
 
-    def collective_left(self, name: str, waited: object) -> None:
+    def collective_left(self, name: str, waited: object, hidden: float = 0.0) -> None:
         self.left.append(name)
 
 

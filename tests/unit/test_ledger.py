@@ -241,7 +241,7 @@ def ledger_of(steps: int, first: int, seconds: float) -> Ledger:
     ledger = Ledger()
     for _ in range(steps):
         ledger.collective_entered("layer1.dispatch", 100)
-        ledger.collective_left("layer1.dispatch", seconds)
+        ledger.collective_left("layer1.dispatch", seconds, hidden=2 * seconds)
         ledger.collective_entered("step-statistics", 7)
         ledger.add(torch.tensor([[9, 9] + [first + layer] * 7 for layer in range(2)]))
     return ledger
@@ -261,9 +261,10 @@ def test_accounts_of_ranks_merge_into_one_by_hand():
     assert merged["waited_seconds_by_rank_and_layer"] == [[0, 1.5], [0, 0.75]]
     assert merged["waited_seconds_by_rank"] == [1.5, 0.75]
     assert merged["collectives"] == {
-        "dispatch": {"calls": 6, "bytes": 600, "waited_seconds": 2.25},
-        "step-statistics": {"calls": 6, "bytes": 42, "waited_seconds": 0.0},
+        "dispatch": {"calls": 6, "bytes": 600, "waited_seconds": 2.25, "hidden_seconds": 4.5},
+        "step-statistics": {"calls": 6, "bytes": 42, "waited_seconds": 0.0, "hidden_seconds": 0.0},
     }
+    assert merged["hidden_seconds"] == 4.5
     assert merged["expert_load"] == [[0.5, 0.5], [1.0, 0.0]]
     assert merged["dead_experts"] == 1
     assert merged["unserved_ratio"] == (33 + 39) / (12 * 2)
@@ -313,7 +314,12 @@ def test_the_account_of_a_run_does_not_depend_on_where_its_lines_end(steps, cuts
     for account in (whole, cut):
         assert account["slots"] == {name: [2 * once] for name in SLOTS}
         assert account["slots_by_rank"] == [[[once] * 7]] * 2
-        assert account["collectives"]["dispatch"] == {"calls": 2 * steps, "bytes": 2 * once, "waited_seconds": 0}
+        assert account["collectives"]["dispatch"] == {
+            "calls": 2 * steps,
+            "bytes": 2 * once,
+            "waited_seconds": 0,
+            "hidden_seconds": 0,
+        }
         assert account["sent_bytes_by_layer"] == [account["sent_bytes"]] == [2 * once]
         assert account["sent_bytes_by_rank"] == [once, once]
         assert account["sent_bytes_by_rank_and_layer"] == [[once]] * 2

@@ -56,7 +56,7 @@ class Waits:
     def collective_entered(self, name: str, num_bytes: int) -> None:
         """Nothing yet."""
 
-    def collective_left(self, name: str, waited: float | StreamWait) -> None:
+    def collective_left(self, name: str, waited: float | StreamWait, hidden: float = 0.0) -> None:
         """`name` ended."""
         self.told.append((name, waited))
 

@@ -33,11 +33,19 @@ class Account:
     """Over all ranks and steps."""
     top_k: int
     collectives: Mapping[str, Mapping[str, float]]
-    """`calls`, `bytes` and `waited_seconds` for each kind, over all ranks."""
+    """`calls`, `bytes`, `waited_seconds` and `hidden_seconds` for each kind, over all ranks."""
     sent_bytes_by_layer: Sequence[int] | None
     waited_seconds_by_layer: Sequence[float] | None
     sent_bytes_by_rank: Sequence[int] | None
     waited_seconds_by_rank: Sequence[float] | None
+    recompute_hidden_seconds: float
+    """Of recomputation while the rank communicated, over all ranks ..."""
+    recompute_exposed_seconds: float
+    """... and while it did not."""
+    peak_bytes: int | None
+    """Of the fullest rank in a step of the last plan; None without a plan."""
+    budget_bytes: int | None
+    """What it was planned for."""
 
     @property
     def num_layers(self) -> int:
@@ -77,6 +85,10 @@ def account_of(run: Run) -> Account | None:
         waited_seconds_by_layer=added([line.get("waited_seconds_by_layer") for line in lines]),
         sent_bytes_by_rank=added([line.get("sent_bytes_by_rank") for line in lines]),
         waited_seconds_by_rank=added([line.get("waited_seconds_by_rank") for line in lines]),
+        recompute_hidden_seconds=sum(line.get("recompute_hidden_seconds", 0.0) for line in lines),
+        recompute_exposed_seconds=sum(line.get("recompute_exposed_seconds", 0.0) for line in lines),
+        peak_bytes=lines[-1].get("peak_bytes"),
+        budget_bytes=lines[-1].get("budget_bytes"),
     )
 
 
@@ -143,7 +155,7 @@ def _add_collectives(lines: Iterable[Line]) -> dict[str, dict[str, float]]:
     kinds: dict[str, dict[str, float]] = {}
     for line in lines:
         for kind, values in line.get("collectives", {}).items():
-            sums = kinds.setdefault(kind, {"calls": 0, "bytes": 0, "waited_seconds": 0.0})
+            sums = kinds.setdefault(kind, {"calls": 0, "bytes": 0, "waited_seconds": 0.0, "hidden_seconds": 0.0})
             for name in sums:
                 sums[name] += values.get(name, 0)
     return kinds

@@ -39,6 +39,8 @@ def _of_run(entry: Entry, *, several: bool) -> Html:
     if account.num_layers:
         parts.append(_totals(account))
         parts.append(folded("By layer", _by_layer(run, account), unfolded=account.num_layers <= 12 and not several))
+    if account.recompute_hidden_seconds + account.recompute_exposed_seconds:
+        parts.append(_recomputation(run, account))
     parts.append(_by_rank(run, account))
     if account.collectives:
         parts.append(folded("Collectives", _collectives(run, account), unfolded=not several))
@@ -117,12 +119,29 @@ def _by_rank(run: Run, account: Account) -> Html:
     return folded("By rank", *inside)
 
 
+_OF_KIND = ("calls", "bytes", "waited_seconds", "hidden_seconds")
+
+
+def _recomputation(run: Run, account: Account) -> Html:
+    """What backward computed again, and the memory that it was for."""
+    hidden, exposed = account.recompute_hidden_seconds, account.recompute_exposed_seconds
+    headings = ["recomputation, over ranks", "hidden", "exposed", "part hidden"]
+    row = [duration(hidden + exposed), duration(hidden), duration(exposed), percent(hidden / (hidden + exposed))]
+    if account.budget_bytes is not None:
+        headings += ["peak memory", "budget"]
+        row += [size(account.peak_bytes), size(account.budget_bytes)]
+    return table(headings, [row], label=f"Recomputation of {run.name}")
+
+
 def _collectives(run: Run, account: Account) -> Html:
     rows = []
     for kind, values in sorted(account.collectives.items(), key=lambda item: -item[1].get("bytes", 0)):
-        calls, num_bytes, waited = (values.get(name, 0) for name in ("calls", "bytes", "waited_seconds"))
-        rows.append([kind, count(calls), size(num_bytes), size(num_bytes / calls if calls else None), duration(waited)])
-    sums = [sum(v.get(name, 0) for v in account.collectives.values()) for name in ("calls", "bytes", "waited_seconds")]
-    rows.append(["all", count(sums[0]), size(sums[1]), "", duration(sums[2])])
-    headings = ["sums over ranks", "calls", "bytes", "bytes / call", "waited"]
+        calls, num_bytes, waited, hidden = (values.get(name, 0) for name in _OF_KIND)
+        each = size(num_bytes / calls if calls else None)
+        rows.append([kind, count(calls), size(num_bytes), each, duration(waited), duration(hidden)])
+    calls, num_bytes, waited, hidden = (
+        sum(values.get(name, 0) for values in account.collectives.values()) for name in _OF_KIND
+    )
+    rows.append(["all", count(int(calls)), size(num_bytes), "", duration(waited), duration(hidden)])
+    headings = ["sums over ranks", "calls", "bytes", "bytes / call", "exposed (waited)", "hidden"]
     return table(headings, rows, label=f"Collectives of {run.name}")
