@@ -11,8 +11,9 @@ runs while the gradients travel.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .events import Recorder
 from .mesh import Axis, Mesh
 from .recomputation import During, nothing
 from .stopwatch import Stopwatch, Underway
+from .windowed import Journey, windowed
 
 # torch 2.13 renamed these; the old names warn there.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -169,28 +171,6 @@ def start_all_to_all(
     return Exchange(started, journey)
 
 
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, whole, dim, axis, name, recorder, during):
-        ctx.how, ctx.during = (dim, axis, f"{name}-gradient", recorder), during[1]
-        return start_scatter(whole, dim, axis, name, recorder).land(during[0])
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return start_gather(grads[0], *ctx.how).land(ctx.during), None, None, None, None, None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, term, axis, name, recorder):
-        ctx.how = axis, f"{name}-gradient", recorder
-        return all_reduce(term.clone(), axis, name, recorder)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return all_reduce(grads[0].clone(), *ctx.how), None, None, None
-
-
 def scatter(
     whole: Tensor,
     dim: int,
@@ -203,38 +183,20 @@ def scatter(
 
     `during` is done before forward and backward wait.
     """
-    return _Scatter.apply(whole, dim, axis, name, recorder, during)  # pyright: ignore[reportReturnType]
+
+    def parts(grad: Tensor) -> Journey:
+        return start_gather(grad, dim, axis, f"{name}-gradient", recorder)
+
+    return windowed(whole, lambda whole: start_scatter(whole, dim, axis, name, recorder), parts, during)
 
 
 def sum_over(term: Tensor, axis: Axis, name: str, recorder: Recorder) -> Tensor:
     """Sum of every rank's `term`; each rank goes on with it in its own way, so gradients are summed too."""
-    return _Sum.apply(term, axis, name, recorder)  # pyright: ignore[reportReturnType]
 
+    def total(term: Tensor, name: str) -> Journey:
+        return Journey(None, all_reduce(term.clone(), axis, name, recorder))
 
-@dataclass
-class Journey:
-    """A collective on its way: `land` waits for it, once."""
-
-    work: dist.Work | None
-    sent: Tensor
-    """Lives until it is done."""
-    received: Tensor
-    unpack: Callable[[Tensor], Tensor]
-    """From what arrived to what was asked for."""
-    name: str
-    recorder: Recorder
-
-    def __post_init__(self) -> None:
-        self._underway = Underway([self.work], self.received.device)
-
-    def land(self, during: During = nothing) -> Tensor:
-        """What it brings, after `during`."""
-        during(lambda: self.work is None or self.work.is_completed())
-        hidden, watch = self._underway.hidden(), Stopwatch(self.received.device)
-        if self.work is not None:
-            self.work.wait()
-        self.recorder.collective_left(self.name, watch.stop(), hidden)
-        return self.unpack(self.received)
+    return windowed(term, partial(total, name=name), partial(total, name=f"{name}-gradient"))
 
 
 def start_gather(part: Tensor, dim: int, axis: Axis, name: str, recorder: Recorder) -> Journey:
@@ -242,7 +204,7 @@ def start_gather(part: Tensor, dim: int, axis: Axis, name: str, recorder: Record
     recorder.collective_entered(name, part.numel() * part.element_size() * (axis.size - 1))
     sent, parts = part.contiguous(), part.new_empty((axis.size, *part.shape))
     work = all_gather_single(parts.view(-1), sent.view(-1), group=axis.group, async_op=True)
-    return Journey(work, sent, parts, lambda parts: parts.movedim(0, dim).flatten(dim, dim + 1), name, recorder)
+    return Journey(work, parts, sent, lambda parts: parts.movedim(0, dim).flatten(dim, dim + 1), name, recorder)
 
 
 def start_scatter(whole: Tensor, dim: int, axis: Axis, name: str, recorder: Recorder) -> Journey:
@@ -252,11 +214,11 @@ def start_scatter(whole: Tensor, dim: int, axis: Axis, name: str, recorder: Reco
     if whole.device.type != "cpu":
         part = torch.empty_like(sent[0])
         work = reduce_scatter_single(part.view(-1), sent.view(-1), group=axis.group, async_op=True)
-        return Journey(work, sent, part, lambda part: part, name, recorder)
+        return Journey(work, part, sent, name=name, recorder=recorder)
     # gloo's reduce-scatter is an all-reduce: this takes less than half its time, and adds in order of rank.
     terms = torch.empty_like(sent)
     work = dist.all_to_all_single(terms, sent, group=axis.group, async_op=True)
-    return Journey(work, sent, terms, lambda terms: terms.sum(0), name, recorder)
+    return Journey(work, terms, sent, lambda terms: terms.sum(0), name, recorder)
 
 
 def all_gather_rows(row: Tensor, axis: Axis, name: str, recorder: Recorder) -> Tensor:
