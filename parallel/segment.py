@@ -24,7 +24,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from .stopwatch import Stopwatch, StreamWait
 
 _MADE_BY = "_wastenot_made_by"
-"""Attribute of a tensor that a dropped segment gave, or of what that is a view of: the segment, and which output."""
+"""Attribute of a tensor that a dropped segment gave, or of what that is a view of: the segment, which output, and the
+tensor's version then."""
 
 
 class Watcher(Protocol):
@@ -90,8 +91,28 @@ def given(value: Any) -> Given | None:
     if not isinstance(value, Tensor):
         return None
     base = value if value._base is None else value._base
-    made = base.__dict__.get(_MADE_BY)
-    return None if made is None else _seen_as(value, *made)
+    maker, number, version = base.__dict__.get(_MADE_BY, (None, 0, 0))
+    # What was changed in place since, nobody computes again.
+    return None if maker is None or base._version != version else _seen_as(value, maker, number)
+
+
+class _Kept:
+    """A tensor that is kept, as it was: with hooks, autograd does not look whether it has been changed."""
+
+    __slots__ = ("segment", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, segment: str) -> None:
+        # The tensor itself could hold the graph that holds it.
+        self.tensor, self.version, self.segment = tensor.detach(), tensor._version, segment
+
+    def fetch(self, hidden: bool) -> Tensor:
+        """The tensor. Raises RuntimeError where it was changed in place."""
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"segment {self.segment}: {_words(self.tensor)} that it reads has been changed in place since its "
+                "forward, and its backward needs it as it was; change a clone"
+            )
+        return self.tensor
 
 
 @dataclass(frozen=True)
@@ -146,7 +167,8 @@ class Segment:
             device = next((arg.device for arg in args if isinstance(arg, Tensor)), torch.device("cpu"))
             self._surroundings = _Surroundings(device, self._draws)
             for arg, origin in zip(args, origins, strict=True):
-                self._args.append(arg if origin is None else origin)
+                kept = _Kept(arg, self.name) if isinstance(arg, Tensor) else arg
+                self._args.append(kept if origin is None else origin)
                 self._needs_grad.append(isinstance(arg, Tensor) and arg.requires_grad)
                 if origin is not None:
                     origin.maker._readers.append(weakref.ref(self))
@@ -158,7 +180,7 @@ class Segment:
                 if _storage(output) not in sources:
                     self._count(output)
                     base = output if output._base is None else output._base
-                    setattr(base, _MADE_BY, (self, number))
+                    setattr(base, _MADE_BY, (self, number, base._version))
             self._counted.clear()
         return returned
 
@@ -180,7 +202,7 @@ class Segment:
         """Fills all places that are empty. Raises RuntimeError where the function does not do what it did."""
         inputs = []
         for arg, needs_grad in zip(self._args, self._needs_grad, strict=True):
-            value = arg.fetch(hidden) if isinstance(arg, Given) else arg
+            value = arg.fetch(hidden) if isinstance(arg, Given | _Kept) else arg
             inputs.append(value.detach().requires_grad_(needs_grad) if isinstance(value, Tensor) else value)
         for reader in list(self._waiting_readers()):
             reader._hold(self)
@@ -218,15 +240,15 @@ class Segment:
 
     def _pack(self, tensor: Tensor, sources: dict[int, Given | None]) -> Any:
         storage = _storage(tensor)
-        packed: Any = tensor
-        cell: Cell | None = None
-        if storage in sources:
-            origin = sources[storage]
-            packed = tensor if origin is None else origin.seen_as(tensor)
-        elif self.dropped and not self.watcher.is_weight(tensor):
+        origin, cell = sources.get(storage), None
+        if origin is not None:
+            packed = origin.seen_as(tensor)
+        elif storage not in sources and self.dropped and not self.watcher.is_weight(tensor):
             cell = Cell()
             packed = _Own(self, cell)
             self._count(tensor)
+        else:
+            packed = _Kept(tensor, self.name)
         if self.dropped:
             digest = _digest(tensor) if self.watcher.debug and cell is not None else b""
             weak = None if cell is None else weakref.ref(cell)
@@ -241,7 +263,7 @@ class Segment:
 
     def _unpack(self, packed: Any) -> Tensor:
         self.watcher.asked()
-        return packed if isinstance(packed, Tensor) else packed.fetch(hidden=False)
+        return packed.fetch(hidden=False)
 
     def _cells(self) -> Iterator[Cell]:
         places = (*self._outputs.values(), *(each.cell for each in self._saved if each.cell is not None))
