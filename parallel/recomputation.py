@@ -3,7 +3,8 @@
 Two pieces, for any module and any asynchronous collective:
 
     recomputation.segment(name, function, *args)   a call whose tensors may be dropped (segment.py)
-    recomputation.window(name)                     what to do between a collective's start and the wait for it
+    recomputation.window(name)                     what to do between a collective's start and the wait for it: of
+                                                   one in collectives.py, or any other through windowed.py
 
 A window of the backward computes segments of its own pass; one of the forward computes those of the oldest pass that
 waits for its backward (METHODS section 2, L3 and L7; arXiv 2406.08756). Collectives are never part of a segment, so

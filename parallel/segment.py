@@ -292,7 +292,8 @@ class _Collect:
         if cell is not None:
             if expected.digest and expected.digest != _digest(tensor):
                 raise self._differs(f"gives other values for {_words(tensor)}")
-            cell.value = tensor if cell.value is None else cell.value
+            # The tensor itself holds the graph of this recomputation, and that this hook, which holds its place.
+            cell.value = tensor.detach() if cell.value is None else cell.value
         if self.number == self.enough:
             raise _EnoughError
 

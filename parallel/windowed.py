@@ -56,7 +56,7 @@ class Journey:
 
 
 Start = Callable[[Tensor], Journey]
-"""start(tensor): starts a collective and returns at once; it changes no `tensor`, and may give it back as it is."""
+"""start(tensor): starts a collective and returns at once; `tensor` stays as it is, and may be what it brings."""
 
 
 class _Windowed(torch.autograd.Function):

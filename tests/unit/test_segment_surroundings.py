@@ -1,4 +1,4 @@
-"""What is changed in place around a segment, as models that are not ours do, never makes a gradient wrong."""
+"""Segments in models that are not ours: what is changed in place around them, and what they let go of."""
 
 from __future__ import annotations
 
@@ -62,3 +62,21 @@ def test_a_forward_without_backward_is_let_go_of():
     del y
     recomputation.begin(nn.Module())
     assert memory() is None
+
+
+def test_what_was_computed_again_is_let_go_of_once_backward_has_used_it():
+    """Though the graph of the recomputation saves what it gives."""
+    memory: list[weakref.ref[torch.UntypedStorage]] = []
+    alive: list[bool] = []
+
+    def function(x: Tensor) -> Tensor:
+        inner = (x * 2).exp()
+        memory.append(weakref.ref(inner.untyped_storage()))
+        return inner.sin()
+
+    x = leaf()
+    y = begun("part").segment("part", function, x)
+    x.register_hook(lambda grad: alive.extend(each() is not None for each in memory))
+    y.sum().backward()
+    assert len(memory) == 2, "is computed again"
+    assert alive == [False, False]
