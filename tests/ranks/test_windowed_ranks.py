@@ -152,7 +152,7 @@ def test_every_part_of_the_example_is_computed_again_in_the_window_above():
                 again = [f"{above - 1}.{part} norm, hidden", f"{above - 1}.{part}, hidden"] if above else []
                 expected += ["start", *again, "wait"]
         assert backward == expected
-        assert most < 0.7 * kept
+        assert most < 0.5 * kept
 
 
 def test_the_example_runs_as_it_says():
@@ -171,4 +171,4 @@ def test_the_example_runs_as_it_says():
     said = re.findall(r"rank \d: gradients equal: True; .* ([\d.]+) MiB, .* kept ([\d.]+); .*: \d+% of", done.stdout)
     assert len(said) == 2, done.stdout
     for most, kept in said:
-        assert float(most) < 0.7 * float(kept)
+        assert float(most) < 0.5 * float(kept)
