@@ -6,6 +6,7 @@ demand. No loss depends on any of this, to the bit.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,6 +45,11 @@ class RecomputeLoop:
         """`say` tells the user of plans. Raises UserError where nothing is known of such a run."""
         self.config, self.mesh, self.model, self.optimizer, self.say = config, mesh, model, optimizer, say
         self.planner = Planner(config, mesh, model)
+        if mesh.device.type == "cuda" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
+            say(
+                "lynx: set CUDA_DEVICE_MAX_CONNECTIONS=1, so that an exchange surely starts before the recomputation "
+                "that is launched after it"
+            )
         self.plan: Plan | None = None
         self.peak_bytes: int | None = None
         """Measured, of this rank, in the first step of the plan."""
