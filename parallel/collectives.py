@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .events import Recorder
 from .mesh import Axis, Mesh
+from .ranges import named
 from .recomputation import During, nothing
 from .stopwatch import Stopwatch, Underway
 from .windowed import Journey, windowed
@@ -76,13 +77,14 @@ class _Flight:
         """Waits until everything has arrived, and does `during` before."""
         during(self.arrived)
         hidden, watch = self.underway.hidden(), Stopwatch(self.received.device)
-        for i, (work, _, received, receive) in enumerate(self.pieces):
-            if work is not None:
-                work.wait()
-            if self.splits.pieces > 1:
-                into = _cut(self.received.split(self.splits.receive), i, self.splits.pieces)
-                for part, arrived in zip(into, received.split(receive), strict=True):
-                    part.copy_(arrived)
+        with named(f"wait {self.name}"):
+            for i, (work, _, received, receive) in enumerate(self.pieces):
+                if work is not None:
+                    work.wait()
+                if self.splits.pieces > 1:
+                    into = _cut(self.received.split(self.splits.receive), i, self.splits.pieces)
+                    for part, arrived in zip(into, received.split(receive), strict=True):
+                        part.copy_(arrived)
         self.recorder.collective_left(self.name, watch.stop(), hidden)
         self.pieces.clear()
         return self.received

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from .ranges import named
 from .stopwatch import Stopwatch, StreamWait
 
 _MADE_BY = "_wastenot_made_by"
@@ -209,7 +210,7 @@ class Segment:
         watch = Stopwatch(self._surroundings.device)
         outputs = {number: cell for number, weak in self._outputs.items() if (cell := weak()) is not None}
         collect = _Collect(self, [cell for cell in outputs.values() if cell.value is None])
-        with self._surroundings.again(), saved_tensors_hooks(collect, _never):
+        with named(f"recompute {self.name}"), self._surroundings.again(), saved_tensors_hooks(collect, _never):
             try:
                 returned = _tensors(self.function(*inputs))
                 collect.check_all()

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from .events import Recorder, Recorders
 from .recomputation import During, nothing
+from .ranges import named
 from .stopwatch import Stopwatch, Underway
 
 
@@ -49,8 +50,9 @@ class Journey:
         """What it brings, after `during`."""
         during(lambda: self.work is None or self.work.is_completed())
         hidden, watch = self._underway.hidden(), Stopwatch(self.received.device)
-        if self.work is not None:
-            self.work.wait()
+        with named(f"wait {self.name}"):
+            if self.work is not None:
+                self.work.wait()
         self.recorder.collective_left(self.name, watch.stop(), hidden)
         return self.unpack(self.received)
 
