@@ -178,7 +178,7 @@ class Segment:
             returned = self.function(*args)
         if self.dropped:
             for number, output in enumerate(_tensors(returned)):
-                if _storage(output) not in sources:
+                if _storage(output) not in sources and not self.watcher.is_weight(output):
                     self._count(output)
                     base = output if output._base is None else output._base
                     setattr(base, _MADE_BY, (self, number, base._version))
