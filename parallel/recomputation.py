@@ -105,7 +105,8 @@ class Recomputation:
         """function(*args), where `name` says whether its tensors are kept.
 
         The function sends nothing, depends on its arguments and on weights alone, and changes none of them; `draws`: it
-        draws random numbers. Tensors that it closes over are kept. Segments within a segment are part of it.
+        draws random numbers. Tensors that it closes over are kept; where backward reads one, the function is called
+        again for it, which those among `args` spare. Segments within a segment are part of it.
         """
         return self.current.segment(name, function, args, draws)
 
