@@ -392,7 +392,7 @@ def test_windows_out_of_order_compute_what_they_need_first():
 def test_nothing_is_computed_that_nobody_reads():
     calls, model = Calls(), nn.Linear(4, 4)
     cast = model.weight.double()
-    names = ("sum", "product", "product of a cast", "constant", "unused")
+    names = ("sum", "product", "product of a cast", "rows", "constant", "unused")
     recomputation = begun(Schedule(frozenset(names), {"window gradient": names}), model)
     x = torch.randn(3, 4, requires_grad=True)
 
@@ -403,6 +403,7 @@ def test_nothing_is_computed_that_nobody_reads():
     # Reads an input and a weight, of which both are there; it needs no casting again of what came as an argument.
     y = segment("product", lambda x: F.linear(x, model.weight), y) + y
     y = segment("product of a cast", F.linear, x.double(), cast) + y
+    y = segment("rows", torch.index_select, x, 0, torch.tensor([2, 1, 0])) + y
     segment("unused", wave, x)
     with torch.no_grad():
         constant = segment("constant", wave, x)
@@ -411,13 +412,14 @@ def test_nothing_is_computed_that_nobody_reads():
     assert calls.of == Counter(dict.fromkeys(names, 1) | {"sum": 2}), "read by the weight's gradient alone"
 
 
-def test_a_weight_that_is_cast_within_is_cast_again():
+def test_what_is_cast_within_or_closed_over_is_asked_for_by_a_call():
     calls, model = Calls(), nn.Linear(4, 4)
-    recomputation = begun(Schedule(frozenset({"product"})), model)
-    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    recomputation = begun(Schedule(frozenset({"product", "rows"})), model)
+    x, order = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.tensor([2, 1, 0])
     product = calls.named("product", lambda x: F.linear(x, model.weight.double()))
-    recomputation.segment("product", product, x).sum().backward()
-    assert calls.of["product"] == 2
+    rows = calls.named("rows", lambda x: x.index_select(0, order))
+    (recomputation.segment("product", product, x) + recomputation.segment("rows", rows, x)).sum().backward()
+    assert calls.of == {"product": 2, "rows": 2}
 
 
 def test_a_weight_that_a_segment_gives_is_not_its_own():
