@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -99,8 +100,10 @@ def model_of(settings: TrainConfig, mode: str, mesh: Mesh) -> Decoder:
     )
 
 
-def train(settings: TrainConfig, mode: str) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
-    """All that the steps come to on this rank, and what it made travel."""
+def train(
+    settings: TrainConfig, mode: str, before: Callable[[Decoder, int], object] | None = None
+) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
+    """All that the steps come to on this rank, and what it made travel; `before` each it sees the model."""
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
     heard = Heard()
     layout = settings.parallel
@@ -113,6 +116,8 @@ def train(settings: TrainConfig, mode: str) -> tuple[dict[str, Tensor], list[tup
     stepper = make_stepper(settings, mesh, model, optimizer, gradients, windows)  # pyright: ignore[reportArgumentType]
     found: dict[str, Tensor] = {}
     for step in range(settings.train.steps):
+        if before is not None:
+            before(model, step)
         result = stepper.step(step, step * settings.train.batch, stop=False)
         assert result.applied
         numbers = [result.loss, result.grad_norm, *result.auxiliary.values()]
