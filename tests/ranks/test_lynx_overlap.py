@@ -107,7 +107,10 @@ def inside(events: list[Range], what: Range, collective: str) -> bool:
     assert starts
     for start, wait in zip(starts, waits, strict=True):
         assert start.end <= wait.start
-        if any(start.end <= launch.start and launch.end <= what.start for launch in launches) and what.end <= wait.start:
+        if (
+            any(start.end <= launch.start and launch.end <= what.start for launch in launches)
+            and what.end <= wait.start
+        ):
             return True
     return False
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from spawned import run_ranks
 from test_recompute_ranks import ALONE, CASES, LAYOUTS, PRECISIONS, model_of, settings_of, train
-from torch import Tensor
 
 from wastenot.launch.config import TrainConfig
 from wastenot.moe.config import RouterConfig
@@ -25,7 +24,16 @@ STEPS = 20
 NEVER_DROPPED = {"router"}
 SENDING = {"query and key", "query and key norm", "up", "shared up"}
 """With tensor ranks, in these models: nor are those."""
-ATTENTION = {"norm 1", "query and key", "value", "query and key norm", "rotary", "attention", "projection", "residual 1"}
+ATTENTION = {
+    "norm 1",
+    "query and key",
+    "value",
+    "query and key norm",
+    "rotary",
+    "attention",
+    "projection",
+    "residual 1",
+}
 SENT = {"permute", "expert down"}
 UNREAD = {"down", "shared down", "unsort rows", "weighted sum", *SENT}
 """Outputs that no backward reads, where experts are on other ranks."""
@@ -154,18 +162,58 @@ def check_plans(plans: Plans, name: str, world: int) -> None:
         assert again.issuperset(read), read - again
 
 
-def steps_of(case: str, layout: ParallelConfig, precision: str, steps: int = STEPS) -> TrainConfig:
-    settings = settings_of(case, layout, precision)
-    return replace(settings, train=replace(settings.train, steps=steps))
+def cases_of(layout: ParallelConfig, turn: int) -> dict[str, TrainConfig]:
+    """Every case, in another precision each, by `turn` in other ones."""
+    found = {}
+    for number, case in enumerate(CASES):
+        settings = settings_of(case, layout, PRECISIONS[(number + turn) % len(PRECISIONS)])
+        found[case] = replace(settings, train=replace(settings.train, steps=STEPS))
+    return found
 
 
 def test_no_bit_changes_on_one_rank():
-    of_each = {f"{case} {kind}": steps_of(case, ALONE, kind) for case in CASES for kind in PRECISIONS}
-    run_ranks(1, compare, of_each)
+    run_ranks(1, compare, cases_of(ALONE, turn=2))
 
 
 @pytest.mark.parametrize("name", PLANNED)
 def test_no_bit_changes_and_nothing_is_sent_again(name):
     layout = PLANNED[name]
-    of_each = {case: steps_of(case, layout, kind) for case, kind in zip(CASES, PRECISIONS, strict=True)}
-    run_ranks(layout.world(), compare, of_each, timeout=120)
+    run_ranks(layout.world(), compare, cases_of(layout, turn=list(PLANNED).index(name)), timeout=120)
+
+
+def test_ranks_without_tokens_take_part_as_the_others():
+    """Skewed to a few experts of one rank: the others have nothing to compute again for."""
+    router = RouterConfig(kind="skewed", skew=30.0, top_k=1, balance_loss=0.0)
+    of_each = {}
+    for layout in (ParallelConfig(expert=4), PLANNED["zb-h1"]):
+        settings = settings_of("dropless", layout, "fp32")
+        of_each[f"dropless {layout}"] = replace(settings, router=router, train=replace(settings.train, steps=6))
+    run_ranks(4, compare, of_each, timeout=120)
+
+
+def peaks(rank: int, world: int, settings: TrainConfig) -> tuple[int, int]:
+    """Most bytes of a forward and backward at once, with everything kept, and with everything dropped."""
+    tokens_BS = torch.randint(61, (8, 64))
+    layout = settings.parallel
+    model = model_of(settings, "lynx", make_mesh(layout, "cpu") if world > 1 else single())
+    plans = Plans(settings, seed=0)
+
+    def peak() -> int:
+        return peak_bytes(lambda: model.loss_sum(model(tokens_BS).hidden_BSD, tokens_BS).backward())
+
+    plans(model, 0)
+    # What it takes once is there at the second time.
+    peak()
+    kept = peak()
+    model.recomputation.schedule = plans.on_demand(1)
+    return kept, peak()
+
+
+@pytest.mark.parametrize("layout", [ALONE, PLANNED["EP2"], PLANNED["TP2 x EP2"]], ids=["alone", "EP2", "TP2 x EP2"])
+def test_memory_is_let_go_of(layout):
+    settings = settings_of("dropless", layout, "fp32")
+    assert settings.model.moe is not None
+    moe = replace(settings.model.moe, d_expert=64)
+    settings = replace(settings, model=replace(settings.model, layers=6, moe=moe))
+    for kept, dropped in run_ranks(layout.world(), peaks, settings):
+        assert dropped < 0.5 * kept, (dropped, kept)
