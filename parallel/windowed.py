@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .events import Recorder, Recorders
-from .recomputation import During, nothing
 from .ranges import named
+from .recomputation import During, nothing
 from .stopwatch import Stopwatch, Underway
 
 
