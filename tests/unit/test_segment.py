@@ -260,14 +260,14 @@ def test_no_bit_changes_whatever_is_dropped_and_wherever_it_is_computed_again(pr
 
 
 def chain(recomputation: Recomputation, memory: Memory, x: Tensor, mark: Callable[[Tensor], Any] = id) -> Tensor:
-    """Three segments with a window before the last: loss of x, of which each keeps two tensors of its own.
+    """Three segments with a window before the last: loss of x, of which each keeps one tensor that is seen, and none its input.
 
     `mark` sees what goes into each, and into the window.
     """
     recomputation.begin(nn.Identity())
 
     def two(x: Tensor) -> Tensor:
-        return memory.see(memory.see(x.sin()).cos()).sin()
+        return memory.see(memory.see((x + 1).sin()).cos())
 
     def through(step: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         mark(x)
@@ -301,12 +301,12 @@ def test_what_is_dropped_dies_after_forward_and_again_after_its_use(no_collector
         alive.clear()
         return found
 
-    assert alive_in_backward(KEEP) == [6, 4, 4, 2, 0, 0]
+    assert alive_in_backward(KEEP) == [3, 2, 2, 1, 0, 0]
     # The window computes the second one, and for it the first; on demand it is the same somewhat later.
-    assert alive_in_backward(Schedule(ALL, {"window gradient": ("second",)})) == [0, 0, 4, 2, 0, 0]
-    assert alive_in_backward(Schedule(ALL)) == [0, 0, 0, 2, 0, 0]
+    assert alive_in_backward(Schedule(ALL, {"window gradient": ("second",)})) == [0, 0, 2, 1, 0, 0]
+    assert alive_in_backward(Schedule(ALL)) == [0, 0, 0, 1, 0, 0]
     # Nobody has to compute the first one for the second, which is kept.
-    assert alive_in_backward(Schedule(ALL - {"second"}, {"window gradient": ("third", "first")})) == [2, 2, 4, 2, 0, 0]
+    assert alive_in_backward(Schedule(ALL - {"second"}, {"window gradient": ("third", "first")})) == [1, 1, 2, 1, 0, 0]
 
 
 def test_what_is_thrown_away_is_freed_whatever_was_computed_again(no_collector):
@@ -318,7 +318,7 @@ def test_what_is_thrown_away_is_freed_whatever_was_computed_again(no_collector):
         losses = [chain(recomputation, memory, x) for _ in range(passes)]
         assert len(recomputation.spent.hidden) == 3 * (passes - 1)
         del x
-        assert memory.alive == 1 + 6 * (passes - 1)
+        assert memory.alive == 1 + 3 * (passes - 1)
         losses.clear()
         assert memory.alive == 0
 
@@ -359,7 +359,8 @@ class Calls:
 
 
 def wave(x: Tensor) -> Tensor:
-    return x.sin().cos()
+    """Of its input it keeps nothing."""
+    return (x + 1).sin().cos()
 
 
 def begun(schedule: Schedule, module: nn.Module | None = None, debug: bool = False) -> Recomputation:
@@ -488,6 +489,7 @@ def test_random_numbers_are_drawn_again_and_no_others():
     recomputation = begun(Schedule(frozenset({"noise"})))
     x = torch.ones(1000, requires_grad=True)
     y = recomputation.segment("noise", lambda x: F.dropout(x.exp(), 0.5), x, draws=True)
+    torch.rand(3)
     state = torch.get_rng_state()
     y.sum().backward()
     assert torch.get_rng_state().equal(state)
