@@ -15,12 +15,12 @@ from test_recompute_ranks import model_of
 from torch.profiler import record_function
 
 from wastenot.launch.config import TrainConfig
+from wastenot.launch.profiling import cpu_profile
 from wastenot.moe.config import RouterConfig
 from wastenot.moe.decoder import Decoder
 from wastenot.parallel.config import ParallelConfig
 from wastenot.parallel.mesh import make_mesh
 from wastenot.parallel.recomputation import Pass, Schedule
-from wastenot.tools.bench.profiling import cpu_profile
 
 EXPERTS = {
     "1.combine gradient": ("1.sort rows", "1.expert up", "1.expert activation"),

@@ -14,12 +14,12 @@ from spawned import run_ranks
 from test_recompute_ranks import ALONE, CASES, LAYOUTS, PRECISIONS, model_of, settings_of, train
 
 from wastenot.launch.config import TrainConfig
+from wastenot.launch.peak_memory import peak_bytes
 from wastenot.moe.config import RouterConfig
 from wastenot.moe.decoder import Decoder
 from wastenot.parallel.config import ParallelConfig
 from wastenot.parallel.mesh import make_mesh, single
 from wastenot.parallel.recomputation import Pass, Recomputation, Schedule
-from wastenot.tools.bench.memory import peak_bytes
 
 FULL = os.environ.get("WASTENOT_GRID") == "full"
 STEPS = 20

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from spawned import run_ranks
 from torch import Tensor
 
+from wastenot.launch.peak_memory import peak_bytes
 from wastenot.parallel.recomputation import KEEP, Pass, Recomputation, Schedule
 from wastenot.parallel.windowed import sum_gradients, sum_terms
-from wastenot.tools.bench.memory import peak_bytes
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "lynx_huggingface.py"
 
@@ -86,6 +86,9 @@ class Watched:
 
     def is_completed(self) -> bool:
         return self.arrived
+
+    def get_future(self) -> Any:
+        return self.work.get_future()
 
     def wait(self) -> None:
         self.work.wait()

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from wastenot.launch.peak_memory import peak_bytes
 from wastenot.parallel.recomputation import KEEP, Recomputation, Schedule
-from wastenot.tools.bench.memory import peak_bytes
 
 
 class Memory:
@@ -260,7 +260,7 @@ def test_no_bit_changes_whatever_is_dropped_and_wherever_it_is_computed_again(pr
 
 
 def chain(recomputation: Recomputation, memory: Memory, x: Tensor, mark: Callable[[Tensor], Any] = id) -> Tensor:
-    """Three segments with a window before the last: loss of x, of which each keeps one tensor that is seen, and none its input.
+    """Three segments with a window before the last: loss of x. Each keeps one tensor that is seen, and not its input.
 
     `mark` sees what goes into each, and into the window.
     """

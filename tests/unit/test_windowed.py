@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -24,13 +24,18 @@ class Late:
     received: Tensor
     brings: Tensor
     log: list[str]
+    future: torch.futures.Future = field(default_factory=torch.futures.Future)
 
     def is_completed(self) -> bool:
-        return not bool(self.received.isnan().any())
+        return self.future.done()
+
+    def get_future(self) -> torch.futures.Future:
+        return self.future
 
     def wait(self) -> None:
         self.log.append(f"{self.name} lands")
         self.received.copy_(self.brings)
+        self.future.set_result(None)
 
 
 def late(matrix: Tensor, name: str, log: list[str]) -> Callable[[Tensor], Journey]:
