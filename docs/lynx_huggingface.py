@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from wastenot.launch.peak_memory import peak_bytes
 from wastenot.parallel.recomputation import Recomputation, Schedule
 from wastenot.parallel.windowed import sum_gradients, sum_terms
-from wastenot.tools.bench.memory import peak_bytes
 
 CUT = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 0, "up_proj": 0, "down_proj": 1}
 """Matrices that ranks share, and which side of each is cut."""

@@ -51,7 +51,7 @@ class Starts:
         with record_function(f"start {name}"):
             pass
 
-    def collective_left(self, name: str, waited: float) -> None:
+    def collective_left(self, name: str, waited: float, hidden: float = 0.0) -> None:
         pass
 
 
