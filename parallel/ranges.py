@@ -11,4 +11,4 @@ from torch.profiler import record_function
 
 def named(name: str) -> AbstractContextManager[Any]:
     """A range to enter, on the host's timeline."""
-    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
+    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()  # pyright: ignore[reportPrivateImportUsage]
