@@ -45,6 +45,7 @@ class RecomputeLoop:
         """`say` tells the user of plans. Raises UserError where nothing is known of such a run."""
         self.config, self.mesh, self.model, self.optimizer, self.say = config, mesh, model, optimizer, say
         self.planner = Planner(config, mesh, model)
+        model.recomputation.debug = config.log.debug
         if mesh.device.type == "cuda" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
             say(
                 "lynx: set CUDA_DEVICE_MAX_CONNECTIONS=1, so that an exchange surely starts before the recomputation "

@@ -77,5 +77,6 @@ def test_a_run_goes_on_with_the_plan_that_it_saved(made):
 
 
 def test_routing_that_moves_is_planned_for_again(made):
-    _, output = run(made, recompute={"mode": "lynx", "drift": 1e-6, "measure_steps": 1})
+    log = {"debug": True, **RUN["log"]}
+    _, output = run(made, recompute={"mode": "lynx", "drift": 1e-6, "measure_steps": 1}, log=log)
     assert "of the choices of experts have moved" in output and output.count("lynx: planned") > 1
