@@ -111,7 +111,7 @@ class LogConfig:
     profile: tuple[int, ...] = ()
     """[first, last] steps to trace with torch.profiler into log.dir/profile; empty traces none."""
     debug: bool = False
-    """Check internal identities at every step."""
+    """Check internal identities at every step, and that what `recompute.mode: lynx` computes again is what was."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
