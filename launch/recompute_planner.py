@@ -28,6 +28,7 @@ from ..parallel.lynx.problem import Stage, Window
 from ..parallel.lynx.question import Question
 from ..parallel.lynx.solution import InfeasibleError
 from ..parallel.lynx.solve import solve
+from ..parallel.lynx.spare import keep_what_fits
 from ..parallel.lynx.stages import Costs
 from ..parallel.mesh import Mesh
 from ..parallel.meter import Meter
@@ -168,10 +169,11 @@ class Planner:
                     f"recompute.budget: {_mib(budget)} is too little for this run with solver {solver}; the smallest "
                     f"that fits is {_mib(error.smallest + spare)}"
                 ) from error
-            named = by_name(stage, solution.assignment, numbers)
+            assignment = keep_what_fits(stage, solution.assignment)
+            named = by_name(stage, assignment, numbers)
             dropped += named.dropped
             windows |= named.windows
-            outcome = evaluate(stage, solution.assignment)
+            outcome = evaluate(stage, assignment)
             hidden += outcome.hidden * self.config.train.accumulate
             exposed += outcome.exposed * self.config.train.accumulate
             peak = max(peak, outcome.peak)

@@ -25,6 +25,7 @@ from wastenot.parallel.lynx.peers import solve_checkmate_once, solve_selective
 from wastenot.parallel.lynx.problem import Backward, Kind, Layer, Operator, Stage, Window
 from wastenot.parallel.lynx.solution import InfeasibleError, Solution
 from wastenot.parallel.lynx.solve import SOLVERS, solve
+from wastenot.parallel.lynx.spare import keep_what_fits
 
 FULL = os.environ.get("WASTENOT_GRID") == "full"
 # Twice: no slower, where both found something that fits.
@@ -300,6 +301,35 @@ def test_an_exact_error_says_the_smallest_budget() -> None:
     assert solve_exact(replace(stage, budget=smallest)).outcome.peak == smallest
     with pytest.raises(InfeasibleError):
         solve_exact(replace(stage, budget=smallest - 1))
+
+
+@pytest.mark.parametrize("part", (0.2, 0.5, 0.8))
+@pytest.mark.parametrize("seed", range(12))
+def test_keeping_what_fits_exposes_nothing_more(seed: int, part: float) -> None:
+    stage = between(random_layers(seed), part)
+    solution = attempt(stage, "heu-mix")
+    if solution is None:
+        return
+    kept = keep_what_fits(stage, solution.assignment)
+    assert not violations(stage, kept)
+    before, after = solution.outcome, evaluate(stage, kept)
+    assert after.exposed <= before.exposed + 1e-9
+    assert after.hidden + after.exposed <= before.hidden + before.exposed + 1e-9
+
+
+def test_what_is_hidden_is_kept_where_it_fits() -> None:
+    stage = Stage(layers=(moe_layer(5.0),) * 4, in_flight=1, budget=0)
+    most, least = (evaluate(stage, each(stage)).peak for each in (all_kept, all_on_demand))
+    found = []
+    for budget in (least + (most - least) // 3, least + 2 * (most - least) // 3, most - 1):
+        tight = replace(stage, budget=budget)
+        solution = solve(tight, "heu-mix")
+        assert solution.outcome.exposed == 0.0
+        found.append(evaluate(tight, keep_what_fits(tight, solution.assignment)).hidden)
+        assert found[-1] < solution.outcome.hidden
+    assert found[0] > found[1] > found[2] > 0.0
+    everything = replace(stage, budget=most)
+    assert keep_what_fits(everything, all_on_demand(everything)) == all_kept(everything)
 
 
 def test_unknown_solver_is_told_the_known_ones() -> None:
