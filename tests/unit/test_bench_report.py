@@ -49,6 +49,14 @@ def test_every_registered_benchmark_runs_by_the_same_call(name):
     assert callable(registry.load(name).run)
 
 
+def test_lower_bound_of_a_median_ratio():
+    """Of n rounds, so many of the lowest are left out as lie below the median in 5 % of all runs at most."""
+    for rounds, left_out in ((5, 0), (7, 0), (8, 1), (31, 10)):
+        seconds = {"base": [1.0 + number for number in range(rounds)], "ours": [1.0] * rounds}
+        assert Timings(seconds).ratio_lower("ours", "base") == 1.0 + left_out
+    assert Timings({"base": [1.0] * 4, "ours": [1.0] * 4}).ratio_lower("ours", "base") is None
+
+
 def test_unknown_benchmark_names_the_known_ones():
     with pytest.raises(ValueError, match=r"'trane'.*train, train-ranks, parity"):
         registry.load("trane")

@@ -38,6 +38,16 @@ class Timings:
         first, _, third = statistics.quantiles(ratios, n=4, method="inclusive")
         return [round(first, 4), round(third, 4)]
 
+    def ratio_lower(self, name: str, base: str) -> float | None:
+        """What the median of `ratios` exceeds with 95 % confidence (sign test); None for fewer than five rounds."""
+        ratios = sorted(self.ratios(name, base))
+        # So many rounds or fewer fall below the true median in 5 % of all runs at most.
+        total, below = 0.0, -1
+        while below + 1 < len(ratios) and total + math.comb(len(ratios), below + 1) / 2 ** len(ratios) <= 0.05:
+            below += 1
+            total += math.comb(len(ratios), below) / 2 ** len(ratios)
+        return None if below < 0 else ratios[below]
+
 
 def interleave(
     contenders: Mapping[str, Callable[[], float]],

@@ -23,6 +23,7 @@ BENCHMARKS = {
     "adapprox-speed-gpu": "a step of Adapprox on a CUDA device against torch's fused AdamW",
     "adapprox-quality": "held-out loss with Adapprox against AdamW and its peers, over the bytes of their state",
     "lynx-plan": "what each planner of recomputation exposes, how long it searches, how far it is from the best known",
+    "lynx": "step time and memory of a training that recomputes under communication, on ranks over shaped links",
     "lynx-simulate": "predictions beside published figures; time and memory of a simulation by the number of devices",
 }
 """Name (also its module's, with underscores) and what it measures."""
