@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..moe.decoder import Decoder
 from ..moe.ledger import SLOTS
-from ..parallel.collectives import all_reduce, gather_to_root
+from ..parallel.collectives import all_reduce, gather_to_root, share_from_root
 from ..parallel.lynx.plain import digest
 from ..parallel.mesh import Mesh
 from ..parallel.meter import Meter
 from ..parallel.recomputation import Recomputation
 from .config import TrainConfig
+from .errors import UserError
 from .optimizer_state import state_bytes
 from .peak_memory import peak_bytes, storage_bytes
 from .recompute_planner import Measurement, Plan, Planner
@@ -146,8 +147,18 @@ class RecomputeLoop:
         self._make_plan()
 
     def _make_plan(self) -> None:
+        """By one rank of the stage: a search that the clock ends is another one on each."""
         assert self._measurement is not None
-        self.plan, self.peak_bytes = self.planner.plan(self._measurement, self._spare), None
+        found: Plan | str = ""
+        if self.mesh.stage.rank == 0:
+            try:
+                found = self.planner.plan(self._measurement, self._spare)
+            except UserError as error:
+                found = str(error)
+        found = share_from_root(found, self.mesh.stage, "recompute-plan", self.mesh.recorder)
+        if isinstance(found, str):
+            raise UserError(found)
+        self.plan, self.peak_bytes = found, None
         self.say(describe(self.plan))
 
     def _measure_again(self) -> None:

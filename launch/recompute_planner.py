@@ -41,8 +41,9 @@ from .planner_input import from_config
 
 PART = 0.9
 """Of the memory there is, that a budget of `auto` takes."""
-SLOWDOWN = 0.95
-"""rho of windows until it is measured: compute under a busy link, as a part of its speed alone."""
+SLOWDOWN = {"cpu": 0.7, "cuda": 0.95}
+"""rho of windows: compute under a busy link, as a part of its speed alone. Assumed; on CPUs gloo and the network's own
+work share the cores."""
 
 
 @dataclass(frozen=True)
@@ -239,5 +240,5 @@ def budget_bytes(config: TrainConfig, mesh: Mesh) -> int:
 def _cluster(mesh: Mesh) -> Cluster:
     """What is assumed where nothing is measured: the budget is of tensors alone."""
     cluster = read_cluster("cpu-gloo" if mesh.device.type == "cpu" else "h100-nvlink8-ib")
-    links = tuple(replace(link, slowdown=SLOWDOWN) for link in cluster.links)
+    links = tuple(replace(link, slowdown=SLOWDOWN[mesh.device.type]) for link in cluster.links)
     return replace(cluster, links=links, allowance=Allowance(context=0.0, fragmentation=0.0))

@@ -257,6 +257,18 @@ def gather_to_root(value: Any, axis: Axis, name: str, recorder: Recorder) -> lis
     return values
 
 
+def share_from_root(value: Any, axis: Axis, name: str, recorder: Recorder) -> Any:
+    """The `value` (a small picklable object) of rank 0 of `axis`, on all of its ranks."""
+    if axis.group is None:
+        return value
+    recorder.collective_entered(name, 0)
+    start = time.perf_counter()
+    values = [value]
+    dist.broadcast_object_list(values, src=dist.get_global_rank(axis.group, 0), group=axis.group)
+    recorder.collective_left(name, time.perf_counter() - start)
+    return values[0]
+
+
 def tune_pieces(mesh: Mesh, probe_bytes: int = 2**20, rounds: int = 5) -> int:
     """Largest message in bytes that is best sent uncut over the expert axis; 0 if cutting never pays.
 

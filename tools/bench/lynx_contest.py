@@ -6,6 +6,7 @@ compared   the gradients of all policies in a training, bit by bit
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -27,7 +28,7 @@ from ...launch.recompute_planner import Measurement, Plan, Planner
 from ...launch.step import Stepper
 from ...moe.decoder import build_decoder
 from ...moe.ledger import Ledger
-from ...parallel.collectives import tune_pieces
+from ...parallel.collectives import share_from_root, tune_pieces
 from ...parallel.config import ParallelConfig, RecomputeConfig
 from ...parallel.gradients import Gradients
 from ...parallel.lynx.evaluate import evaluate
@@ -251,15 +252,11 @@ def measured(side: Side, planner: Planner) -> Measurement:
 
 def planned(planner: Planner, measurement: Measurement, solver: str, budget: int) -> Plan | None:
     """Rank 0's plan, on all ranks: a search that is ended by a clock ends elsewhere on each; None: nothing fits."""
-    found: list[Any] = [None]
+    found: Plan | None = None
     if planner.mesh.world.rank == 0:
-        try:
-            found = [planner.plan(measurement, solver=solver, budget=budget)]
-        except UserError:
-            found = [None]
-    if planner.mesh.world.group is not None:
-        dist.broadcast_object_list(found)
-    return found[0]
+        with contextlib.suppress(UserError):
+            found = planner.plan(measurement, solver=solver, budget=budget)
+    return share_from_root(found, planner.mesh.world, "recompute-plan", planner.mesh.recorder)
 
 
 def predicted(planner: Planner, measurement: Measurement, layers: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ...moe.decoder import Decoder
+from ...moe.decoder import Block, Decoder
 from ...moe.layer import MoELayer
 
 _ATEN = torch.ops.aten
@@ -24,6 +24,7 @@ _KEPT = (
 def keep_products(model: Decoder) -> None:
     """Attention and experts of `model` compute again what is no product: the parts of a layer that send nothing."""
     for block in model.blocks:
+        assert isinstance(block, Block)
         _checkpoint(block.attention)
         _checkpoint(block.ffn.experts if isinstance(block.ffn, MoELayer) else block.ffn)
 
