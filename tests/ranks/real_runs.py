@@ -67,9 +67,8 @@ def account(config: Path) -> dict:
     """The run's ledger without seconds, which differ from one run to the next."""
     found = json.loads((log_dir(config) / "ledger.json").read_text())
     for collective in found["collectives"].values():
-        del collective["waited_seconds"]
-    del found["training_seconds"]
-    return {name: value for name, value in found.items() if not name.startswith("waited_seconds")}
+        del collective["waited_seconds"], collective["hidden_seconds"]
+    return {name: value for name, value in found.items() if "_seconds" not in name}
 
 
 def assert_same_account(config: Path, other: Path) -> None:
