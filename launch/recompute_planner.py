@@ -37,7 +37,7 @@ from ..parallel.recompute import qualified
 from .config import TrainConfig
 from .env import detect
 from .errors import UserError
-from .planner_input import from_config
+from .planner_input import PlannerInput, from_config
 
 PART = 0.9
 """Of the memory there is, that a budget of `auto` takes."""
@@ -97,24 +97,31 @@ class Planner:
         """Raises UserError where nothing is known of such a run."""
         self.config, self.mesh = config, mesh
         self.budget = budget_bytes(config, mesh)
-        given = from_config(config, ranks=mesh.world.size)
-        self.question = Question(
-            shape=given.shape,
-            layout=given.layout,
-            cluster=_cluster(mesh),
-            optimizer=given.optimizer,
-            skew=given.skew,
-            schedule=given.schedule,
-            solver=config.recompute.solver,
-            budget=self.budget,
-            fill_stalls=False,
-            cut=given.cut,
-        )
-        self.costs = Costs(self.question)
+        try:
+            given = from_config(config, ranks=mesh.world.size)
+            self.costs = Costs(self._question(given))
+        except ValueError as error:
+            raise UserError(f"recompute.mode: lynx has no plan for this run: {error}; use full or selective") from error
+        self.time_limit = self.costs.question.time_limit
+        """Seconds for each stage's search."""
         own = self.costs.stages(mesh.pipeline.rank).stages
         self.stages: list[tuple[Stage, tuple[int, ...]]] = [
             (stage, tuple(model.stages.layers[number])) for stage, number in zip(own, model.stages.own, strict=True)
         ]
+
+    def _question(self, given: PlannerInput) -> Question:
+        return Question(
+            shape=given.shape,
+            layout=given.layout,
+            cluster=_cluster(self.mesh),
+            optimizer=given.optimizer,
+            skew=given.skew,
+            schedule=given.schedule,
+            solver=self.config.recompute.solver,
+            budget=self.budget,
+            fill_stalls=False,
+            cut=given.cut,
+        )
 
     def everything_dropped(self) -> Schedule:
         """All that can be computed again is, on demand."""
@@ -164,7 +171,7 @@ class Planner:
         peak = 0
         for stage, numbers in self.measured_stages(measurement, budget - spare):
             try:
-                solution = solve(stage, solver, self.question.time_limit)
+                solution = solve(stage, solver, self.time_limit)
             except InfeasibleError as error:
                 raise UserError(
                     f"recompute.budget: {_mib(budget)} is too little for this run with solver {solver}; the smallest "

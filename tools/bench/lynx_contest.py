@@ -181,7 +181,7 @@ def timed(contest: Contest, mesh: Mesh) -> dict[str, Any]:
         # The optimizer makes its state.
         side.step(0)
     planner = Planner(sides["lynx"].config, sides["lynx"].mesh, sides["lynx"].model)
-    planner.question = replace(planner.question, time_limit=SEARCH_S)
+    planner.time_limit = SEARCH_S
     measurement = measured(sides["lynx"], planner)
     everything = planner.everything_dropped()
     fixed = {mode: Contender(sides[mode]) for mode in MODES[:3]} | {"full, kept": Contender(sides["lynx"], everything)}
@@ -285,7 +285,7 @@ def compared(base: TrainConfig, steps: int, mesh: Mesh) -> dict[str, Any]:
     # Planned on a model that no one compares: what is measured is trained too.
     side = Side(base, "lynx", mesh, 0)
     planner = Planner(side.config, side.mesh, side.model)
-    planner.question = replace(planner.question, time_limit=SEARCH_S)
+    planner.time_limit = SEARCH_S
     measurement = measured(side, planner)
     schedules = dict.fromkeys(POLICIES, KEEP) | {"full, kept": planner.everything_dropped()}
     [(stage, _)] = planner.measured_stages(measurement, AMPLE)
