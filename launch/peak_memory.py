@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch._C._profiler import _EventType
 
 from ..parallel.tensor import local
+from .optimizer_state import state_bytes
 from .profiling import cpu_profile
 
 
@@ -18,6 +20,12 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Of the storages behind this rank's parts of `tensors`, each once."""
     parts = [local(tensor.detach()) for tensor in tensors]
     return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}.values())
+
+
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Of this rank's weights, buffers, gradients and optimizer state: what is there between steps."""
+    gradients = (each.grad for each in model.parameters() if each.grad is not None)
+    return storage_bytes([*model.parameters(), *model.buffers()]) + storage_bytes(gradients) + state_bytes(optimizer)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

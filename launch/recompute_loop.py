@@ -23,8 +23,7 @@ from ..parallel.meter import Meter
 from ..parallel.recomputation import Recomputation
 from .config import TrainConfig
 from .errors import UserError
-from .optimizer_state import state_bytes
-from .peak_memory import peak_bytes, storage_bytes
+from .peak_memory import held_bytes, peak_bytes
 from .recompute_planner import Measurement, Plan, Planner
 from .settings import as_mapping
 
@@ -82,18 +81,13 @@ class RecomputeLoop:
         """For a line of metrics: what is expected of a step; nothing while it is measured. All ranks call it."""
         if self.plan is None:
             return {}
-        stage: list[float] = [
-            self.plan.step_seconds,
-            self.plan.hidden_seconds,
-            self.plan.exposed_seconds,
-            self.plan.peak_bytes,
-        ]
-        told = torch.tensor([*stage, self.peak_bytes or 0], dtype=torch.float64, device=self.mesh.device)
-        all_reduce(told, self.mesh.world, "recompute-plan", self.mesh.recorder, torch.distributed.ReduceOp.MAX)
         names = ("step_seconds", "hidden_seconds", "exposed_seconds", "peak_bytes")
-        values = told.tolist()
-        found: dict[str, Any] = {f"planned_{name}": value for name, value in zip(names, values, strict=False)}
-        return found | {"peak_bytes": int(values[-1]), "budget_bytes": self.plan.budget_bytes}
+        expected = [float(getattr(self.plan, name)) for name in names]
+        told = torch.tensor([*expected, self.peak_bytes or 0], dtype=torch.float64, device=self.mesh.device)
+        all_reduce(told, self.mesh.world, "recompute-plan", self.mesh.recorder, torch.distributed.ReduceOp.MAX)
+        *expected, peak = told.tolist()
+        found: dict[str, Any] = {f"planned_{name}": value for name, value in zip(names, expected, strict=True)}
+        return found | {"peak_bytes": int(peak), "budget_bytes": self.plan.budget_bytes}
 
     def look(self) -> None:
         """Plans anew where experts are chosen otherwise than when it was planned."""
@@ -204,9 +198,7 @@ class RecomputeLoop:
             torch.cuda.reset_peak_memory_stats(self.mesh.device)
             work()
             return torch.cuda.max_memory_allocated(self.mesh.device)
-        held = [*self.model.parameters(), *self.model.buffers()]
-        gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
-        return storage_bytes(held) + storage_bytes(gradients) + state_bytes(self.optimizer) + peak_bytes(work)
+        return held_bytes(self.model, self.optimizer) + peak_bytes(work)
 
 
 def drift(before_LE: Tensor, since_LE: Tensor) -> float:

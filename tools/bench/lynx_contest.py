@@ -21,8 +21,7 @@ from torch import Tensor
 from ...launch.config import TrainConfig
 from ...launch.errors import UserError
 from ...launch.optimizer import make_optimizer
-from ...launch.optimizer_state import state_bytes
-from ...launch.peak_memory import peak_bytes, storage_bytes
+from ...launch.peak_memory import held_bytes, peak_bytes
 from ...launch.precision import compute_dtype, weight_dtype
 from ...launch.recompute_planner import Measurement, Plan, Planner
 from ...launch.step import Stepper
@@ -149,16 +148,14 @@ class Contender:
         # Nobody starts the next step before all have ended this one.
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         hidden, exposed = self.side.model.recomputation.spent.take()
-        self.costs.append(Cost(hidden, exposed, sum(total.waited_s for total in page.collectives.values())))
+        self.costs.append(Cost(hidden, exposed, page.waited_s))
         return slowest.item()
 
     def peak_bytes(self) -> int:
         """Most that a rank has at once in a step: weights, gradients, optimizer state and activations."""
         side = self.side
-        gradients = [each.grad for each in side.model.parameters() if each.grad is not None]
-        static = storage_bytes(side.model.parameters()) + storage_bytes(gradients)
-        static += state_bytes(side.stepper.optimizer)
-        most = torch.tensor(static + peak_bytes(lambda: side.step(PROFILED_STEP, self.schedule)))
+        held = held_bytes(side.model, side.stepper.optimizer)
+        most = torch.tensor(held + peak_bytes(lambda: side.step(PROFILED_STEP, self.schedule)))
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return int(most)
 
