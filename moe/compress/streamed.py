@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .plan import Shape
 
-__all__ = ["Choice", "ExpertWeights", "StreamedLayer", "StreamedModel"]
+__all__ = ["Choice", "ExpertWeights", "LayerSize", "StreamedLayer", "StreamedModel"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,25 @@ class ExpertWeights:
     """[e, 2F, D]: gate rows above up rows."""
     down: Tensor
     """[e, D, F]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSize:
+    """Elements of a layer's weights."""
+
+    attention: int
+    """With the norm before it: what is left after Layer Drop."""
+    feed: int
+    """Norm and shared experts, or a dense network; without routed experts."""
+    expert: int
+    """One routed expert, with its row of the router."""
+    num_experts: int
+    hidden: int
+    """F of its routed experts or of its dense network; 0 where it only attends."""
+
+    @property
+    def whole(self) -> int:
+        return self.attention + self.feed + self.num_experts * self.expert
 
 
 class StreamedLayer(Protocol):
@@ -90,6 +109,14 @@ class StreamedModel(Protocol):
         """Final norm and output layer."""
         ...
 
-    def layer_bytes(self, number: int) -> int:
-        """Of a layer's weights in fp32, all experts included."""
+    @property
+    def outside_size(self) -> int:
+        """Elements of embedding, final norm and output layer."""
         ...
+
+    @property
+    def element_bytes(self) -> int:
+        """Of a weight on disk."""
+        ...
+
+    def size(self, number: int) -> LayerSize: ...

@@ -1,0 +1,127 @@
+"""How good a model is as a plan leaves it, beside the whole one, before anything is applied.
+
+An `Evaluator` keeps the layers it has read, and the stream before each of them under the plan it stands at: of a plan
+that differs from layer 12 on only those layers are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...parallel.collectives import all_reduce
+from ...parallel.mesh import Mesh, single
+from .calibration import Calibration
+from .plan import DropPlan
+from .profile import block
+from .streamed import StreamedLayer, StreamedModel
+
+__all__ = ["Evaluator", "Quality"]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of predictions of the next token, over all tokens of the text that have one."""
+
+    loss: float
+    """Nats per token."""
+    accuracy: float
+    """Part of the tokens that were the likeliest."""
+    kl: float
+    """Nats per token, KL(whole model || this one)."""
+    tokens: int
+
+
+class Evaluator:
+    """Judges plans on one text. All ranks of `mesh` make the same calls."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        text: Calibration,
+        mesh: Mesh | None = None,
+        batch: int = 4,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model, self.mesh, self.batch, self.progress = model, mesh or single(), batch, progress
+        self.text = text.share(self.mesh.batch.rank, self.mesh.batch.size, batch)
+        self._layers: dict[tuple[int, tuple[int, ...], bool], StreamedLayer] = {}
+        self._plan = DropPlan(base=model.fingerprint, shape=model.shape)
+        with torch.no_grad():
+            embedded = [model.embed(self.text.tokens_NS[at].to(self.mesh.device)) for at in self._batches()]
+            self._before = self._run(self._plan, 0, torch.cat(embedded))
+        self._dense_NSD = self._before[-1]
+        self.whole = self._judge(self._dense_NSD)
+        """Of the whole model."""
+
+    @torch.no_grad()
+    def quality(self, plan: DropPlan) -> Quality:
+        """Of the model as `plan` leaves it; weights are those of the checkpoint, whatever it says of slimming."""
+        first = self._first_difference(plan)
+        return self._judge(self._run(plan, first, self._before[first])[-1])
+
+    @torch.no_grad()
+    def stand_at(self, plan: DropPlan) -> None:
+        """Makes `plan` the one from which others are told apart: plans that are near it are judged faster."""
+        first = self._first_difference(plan)
+        self._before[first:] = self._run(plan, first, self._before[first])
+        self._plan = plan
+
+    def _batches(self) -> list[slice]:
+        return [slice(start, start + self.batch) for start in range(0, len(self.text.tokens_NS), self.batch)]
+
+    def _first_difference(self, plan: DropPlan) -> int:
+        layers = range(self.model.shape.layers)
+        return next((n for n in layers if _of(plan, n) != _of(self._plan, n)), self.model.shape.layers)
+
+    def _run(self, plan: DropPlan, first: int, h_NSD: Tensor) -> list[Tensor]:
+        """The stream [N, S, D] before each layer from `first` on, and behind the last."""
+        states = [h_NSD]
+        for number in range(first, self.model.shape.layers):
+            if number in plan.blocks:
+                states.append(states[-1])
+                continue
+            layer, out_NSD = self._layer(plan, number), torch.empty_like(states[-1])
+            for at in self._batches():
+                out_NSD[at] = block(layer, states[-1][at], self.text.mask_NS[at].to(self.mesh.device), self.mesh)
+            states.append(out_NSD)
+            self.progress()
+        return states
+
+    def _layer(self, plan: DropPlan, number: int) -> StreamedLayer:
+        feed = number not in plan.layers
+        key = (number, plan.kept(number), feed)
+        if key not in self._layers:
+            share = (self.mesh.expert.rank, self.mesh.expert.size)
+            self._layers[key] = self.model.layer(number, key[1] or None, share, feed)
+        return self._layers[key]
+
+    def _judge(self, h_NSD: Tensor) -> Quality:
+        sums = torch.zeros(4, dtype=torch.float64)
+        for at in self._batches():
+            tokens_BS = self.text.tokens_NS[at].to(self.mesh.device)
+            counts_BS = self.text.mask_NS[at][:, 1:].to(self.mesh.device)
+            targets_T = tokens_BS[:, 1:][counts_BS]
+            if not len(targets_T):
+                continue
+            log_TV = self.model.logits(h_NSD[at][:, :-1][counts_BS]).float().log_softmax(-1)
+            whole_TV = self.model.logits(self._dense_NSD[at][:, :-1][counts_BS]).float().log_softmax(-1)
+            sums += torch.stack(
+                [
+                    F.nll_loss(log_TV, targets_T, reduction="sum").double(),
+                    (log_TV.argmax(-1) == targets_T).double().sum(),
+                    F.kl_div(log_TV, whole_TV, reduction="none", log_target=True).double().sum(),
+                    torch.tensor(float(len(targets_T)), dtype=torch.float64),
+                ]
+            ).cpu()
+        loss, right, kl, tokens = all_reduce(sums, self.mesh.world, "quality", self.mesh.recorder).tolist()
+        return Quality(loss / tokens, right / tokens, kl / tokens, int(tokens))
+
+
+def _of(plan: DropPlan, layer: int) -> tuple[bool, bool, tuple[int, ...]]:
+    """What `plan` makes of one layer."""
+    return layer in plan.blocks, layer in plan.layers, plan.kept(layer)

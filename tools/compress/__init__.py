@@ -1,0 +1,1 @@
+"""`wastenot compress`: the stages by which a trained model becomes a smaller one."""
