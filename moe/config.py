@@ -180,6 +180,7 @@ class MoEConfig:
     """The expert layers of a model."""
 
     experts: int = 8
+    """Routed experts of each MoE layer; of the fullest one where `per_layer` says how many each has."""
     d_expert: int = 1024
     """Hidden width of each routed expert."""
     shared_experts: int = 0
@@ -188,6 +189,11 @@ class MoEConfig:
     """Of each `every` layers the last is MoE, the others dense."""
     first_dense: int = 0
     """The first layers stay dense, as in DeepSeek-MoE."""
+    per_layer: tuple[int, ...] = ()
+    """Experts of each layer, where layers differ as compression leaves them; 0: none. Instead of every, first_dense."""
+    dense: tuple[int, ...] = ()
+    """Layers, of those with 0 in `per_layer`, that are dense. The others with 0 have no feed-forward network and no
+    norm before it: they only attend."""
     dispatch: Literal["ragged", "padded"] = "ragged"
     """`ragged` sends the rows there are; `padded` always sends E*C slots: static shapes, needs a capacity_factor."""
 
@@ -197,6 +203,29 @@ class MoEConfig:
         for name in ("shared_experts", "first_dense"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is negative; use 0 or more")
+        if self.per_layer:
+            self._check_per_layer(self.per_layer)
+        elif self.dense:
+            raise ValueError(f"dense: {list(self.dense)} has no effect without per_layer; use []")
+
+    def _check_per_layer(self, counts: tuple[int, ...]) -> None:
+        if min(counts) < 0:
+            raise ValueError(f"per_layer: {min(counts)} is negative; use 0 for a layer without experts")
+        # Without any expert no number would be right, and nothing reads it.
+        if max(counts) not in (0, self.experts):
+            raise ValueError(
+                f"experts: {self.experts} is not that of the fullest layer in per_layer; use {max(counts)}"
+            )
+        for name, usual in (("every", 1), ("first_dense", 0)):
+            if getattr(self, name) != usual:
+                raise ValueError(f"{name}: {getattr(self, name)} has no effect with per_layer; use {usual}")
+        without = [layer for layer, experts in enumerate(counts) if not experts]
+        legal = [layer for layer in without if layer in self.dense]
+        if list(self.dense) != legal:
+            raise ValueError(
+                f"dense: {list(self.dense)} is not in order, each once, of the layers {without} that have 0 in "
+                f"per_layer; use {legal}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +277,16 @@ class ModelConfig:
             raise ValueError(
                 f"d_head: {self.head_width} is odd, which rotary embeddings cannot turn; use an even width"
             )
+        if self.moe is not None and self.moe.per_layer:
+            self._check_per_layer(self.moe.per_layer)
+
+    def _check_per_layer(self, counts: tuple[int, ...]) -> None:
+        if len(counts) != self.layers:
+            nearest = [*counts[: self.layers], *counts[-1:] * (self.layers - len(counts))]
+            raise ValueError(
+                f"layers: {self.layers} is not the number of entries in moe.per_layer: {list(counts)}; use "
+                f"{len(counts)}, or for example per_layer: {nearest}"
+            )
 
     @property
     def head_width(self) -> int:
@@ -261,11 +300,33 @@ class ModelConfig:
     def dense_width(self) -> int:
         return self.d_ff or -(-8 * self.d_model // 3 // 16) * 16
 
-    def is_moe(self, layer: int) -> bool:
-        """Whether layer number `layer` (from 0) has experts."""
+    def num_experts(self, layer: int) -> int:
+        """Routed experts of layer number `layer` (from 0); 0: none."""
         moe = self.moe
-        return moe is not None and layer >= moe.first_dense and (layer + 1) % moe.every == 0
+        if moe is None:
+            return 0
+        if moe.per_layer:
+            return moe.per_layer[layer]
+        return moe.experts if layer >= moe.first_dense and (layer + 1) % moe.every == 0 else 0
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether layer number `layer` has experts."""
+        return self.num_experts(layer) > 0
+
+    def has_ffn(self, layer: int) -> bool:
+        """Whether layer number `layer` has experts or a dense SwiGLU; one without only attends."""
+        moe = self.moe
+        return moe is None or not moe.per_layer or moe.per_layer[layer] > 0 or layer in moe.dense
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether layer number `layer` has a dense SwiGLU."""
+        return self.has_ffn(layer) and not self.is_moe(layer)
 
     def nth_moe(self, layer: int) -> int:
         """How many of the layers before `layer` have experts: the number of a MoE layer among those, from 0."""
         return sum(self.is_moe(earlier) for earlier in range(layer))
+
+    @property
+    def expert_counts(self) -> dict[int, int]:
+        """Number of each layer that has experts, in order -> how many."""
+        return {layer: self.num_experts(layer) for layer in range(self.layers) if self.is_moe(layer)}

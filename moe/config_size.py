@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .config import ModelConfig, MoEConfig, RouterConfig
+from .config import ModelConfig, RouterConfig
 
 
 def count_parameters(model: ModelConfig, router: RouterConfig, vocab_size: int = 0) -> dict[str, int]:
@@ -24,12 +24,16 @@ def count_parameters(model: ModelConfig, router: RouterConfig, vocab_size: int =
 
 def count_layer(model: ModelConfig, router: RouterConfig, layer: int) -> dict[str, int]:
     """The same of layer number `layer` alone, from 0."""
-    shared = _attention(model) + 2 * model.d_model
+    always = _attention(model) + model.d_model
+    if model.has_ffn(layer):
+        always += model.d_model
+    if model.is_dense(layer):
+        always += swiglu(model.d_model, model.dense_width)
     if model.moe is None or not model.is_moe(layer):
-        dense = shared + swiglu(model.d_model, model.dense_width)
-        return {"total": dense, "active": dense}
-    always, expert = shared + _always_active(model, model.moe), swiglu(model.d_model, model.moe.d_expert)
-    return {"total": always + model.moe.experts * expert, "active": always + router.top_k * expert}
+        return {"total": always, "active": always}
+    experts, expert = model.num_experts(layer), swiglu(model.d_model, model.moe.d_expert)
+    always += model.d_model * experts + swiglu(model.d_model, model.moe.shared_experts * model.moe.d_expert)
+    return {"total": always + experts * expert, "active": always + router.top_k * expert}
 
 
 def swiglu(d_model: int, width: int) -> int:
@@ -42,8 +46,3 @@ def _attention(model: ModelConfig) -> int:
     queries, keys = model.heads * model.head_width, model.num_kv_heads * model.head_width
     norms = {"none": 0, "head": 2 * model.head_width, "full": queries + keys}[model.qk_norm]
     return 2 * model.d_model * (queries + keys) + norms
-
-
-def _always_active(model: ModelConfig, moe: MoEConfig) -> int:
-    """Gate and shared experts; the selection bias of the router is a buffer, not a parameter."""
-    return model.d_model * moe.experts + swiglu(model.d_model, moe.shared_experts * moe.d_expert)
