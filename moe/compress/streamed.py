@@ -90,8 +90,11 @@ class StreamedModel(Protocol):
     shape: Shape
     d_model: int
     vocab_size: int
-    fingerprint: str
-    """Of the weights and of what the configuration makes of them."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights and of what the configuration makes of them."""
+        ...
 
     def embed(self, tokens_BS: Tensor) -> Tensor: ...
 
