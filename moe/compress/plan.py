@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-__all__ = ["DropPlan", "Quantize", "Shape", "Slim", "read_plan", "write_plan"]
+__all__ = ["DropPlan", "Quantize", "Shape", "Slim", "fingerprint", "read_plan", "shape_from", "write_plan"]
 
 VERSION = 1
 
@@ -172,6 +172,13 @@ def read_plan(path: Path | str) -> DropPlan:
         raise ValueError(f"{path}: is no drop plan ({error!r}); make one with `wastenot compress plan`") from error
 
 
+def shape_from(plain: Mapping[str, Any]) -> Shape:
+    """The `Shape` whose fields YAML or JSON holds. Raises TypeError or ValueError where it holds others."""
+    given = dict(plain)
+    lists = {name: _numbers(given.pop(name, ())) for name in ("experts", "dense")}
+    return Shape(experts=lists["experts"], dense=lists["dense"], **{name: int(value) for name, value in given.items()})
+
+
 def _plain(plan: DropPlan) -> dict[str, Any]:
     """As YAML and JSON have it; what is empty is left out."""
     plain: dict[str, Any] = {"version": VERSION}
@@ -204,10 +211,7 @@ def _from_plain(raw: dict[str, Any]) -> DropPlan:
         given[name] = _numbers(given.get(name, ()))
     for name in ("experts", "order"):
         given[name] = {int(layer): _numbers(ids) for layer, ids in given.get(name, {}).items()}
-    shape = dict(given["shape"])
-    for name in ("experts", "dense"):
-        shape[name] = _numbers(shape.get(name, ()))
-    given["shape"] = Shape(**shape)
+    given["shape"] = shape_from(given["shape"])
     if given.get("slim") is not None:
         given["slim"] = Slim(**given["slim"])
     if given.get("quantize") is not None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from ...parallel.mesh import Mesh, single
 from .calibration import Calibration
 from .forward import moe_output
-from .plan import DropPlan, Shape, fingerprint
+from .plan import DropPlan, Shape, fingerprint, shape_from
 from .residency import peak_of
 from .statistics import LayerSums
 from .streamed import StreamedLayer, StreamedModel
@@ -157,8 +157,7 @@ def read_profile(folder: Path | str) -> Profile:
             raise ValueError(
                 f"{folder}: a profile of version {head['version']}; this version of wastenot reads {VERSION}"
             )
-        raw = {name: tuple(value) if isinstance(value, list) else value for name, value in head["shape"].items()}
-        shape, config = Shape(**raw), ProfileConfig(**head["config"])
+        shape, config = shape_from(head["shape"]), ProfileConfig(**head["config"])
         layers = tuple(_load(folder / _layer_file(layer)) for layer in range(shape.layers))
         return Profile(head["base"], shape, head["calibration"], config, layers, folder)
     except FileNotFoundError as error:

@@ -26,9 +26,10 @@ from ...parallel.checksums import sums_of
 from ...parallel.manifest import some
 from ..adapters.huggingface import CONFIG, StoredWeights
 from .families import FAMILIES, Family, shape_of
-from .plan import Shape, fingerprint
+from .places import Place, name_of, place_of
+from .plan import Shape, fingerprint, shape_from
 from .reading import chosen_experts, most_choices, share_of
-from .streamed import Choice, ExpertWeights
+from .streamed import Choice, ExpertWeights, LayerSize
 
 __all__ = ["APPLIED", "BASE_CONFIG", "StockLayer", "StockModel"]
 
@@ -101,6 +102,7 @@ class StockModel:
         self._plain = _read_json(self.folder / (BASE_CONFIG if applied.is_file() else CONFIG))
         self._applied = _read_json(applied) if applied.is_file() else None
         self.family = _family(self._plain, self.folder)
+        self._kind = str(self._plain["model_type"])
         self.config, self._classes = _in_transformers(self._plain, self.family)
         self._base = shape_of(self.config, self.family)
         self.shape, self.origin = _applied(self._applied, self._base, applied)
@@ -180,10 +182,38 @@ class StockModel:
         module.requires_grad_(False).eval()
         return StockLayer(len(chosen), is_dense, stacks, module, self.family, self._around(number))
 
-    def layer_bytes(self, number: int) -> int:
+    @property
+    def outside_size(self) -> int:
         """See `StreamedModel`."""
+        return sum(self._elements(name) for name in self._stored if place_of(name, self._kind, 10**9).part == "outside")
+
+    @property
+    def element_bytes(self) -> int:
+        """See `StreamedModel`."""
+        return self._stored.dtype_bytes(_EMBEDDING)
+
+    def size(self, number: int) -> LayerSize:
+        """See `StreamedModel`."""
+        parts = {"attention": 0, "feed": 0, "experts": 0, "router": 0}
+        layers = self.shape.layers
         prefix = f"model.layers.{number}."
-        return sum(4 * torch.Size(self._stored.shape(name)).numel() for name in self._stored if name.startswith(prefix))
+        for name in self._stored:
+            if name.startswith(prefix):
+                part = place_of(name, self._kind, layers).part
+                kind = {"attention": "attention", "expert": "experts", "router": "router", "router_bias": "router"}
+                parts[kind.get(part, "feed")] += self._elements(name)
+        experts = self.shape.experts[number]
+        width = 0
+        if experts or number in self.shape.dense:
+            down = Place(number, "expert" if experts else "dense", "down", 0 if experts else None)
+            width = self._stored.shape(name_of(down, self._kind))[1]
+        per_expert = (parts["experts"] + parts["router"]) // max(1, experts)
+        return LayerSize(
+            attention=parts["attention"], feed=parts["feed"], expert=per_expert, num_experts=experts, hidden=width
+        )
+
+    def _elements(self, name: str) -> int:
+        return torch.Size(self._stored.shape(name)).numel()
 
     def _module(self, number: int, num_experts: int, has_feed: bool) -> nn.Module:
         """The layer in transformers' class, on meta, without experts; where nothing follows attention, that alone."""
@@ -325,9 +355,7 @@ def _applied(applied: Mapping[str, Any] | None, base: Shape, path: Path) -> tupl
     if applied.get("version") != _VERSION:
         raise ValueError(f"{path}: version {applied.get('version')} is unknown; this version reads {_VERSION}")
     try:
-        raw = dict(applied["shape"])
-        lists = {name: tuple(int(number) for number in raw.pop(name)) for name in ("experts", "dense")}
-        shape = Shape(**raw, **lists)
+        shape = shape_from(applied["shape"])
         origin = tuple(int(layer) for layer in applied["origin"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: does not say what was applied ({error!r})") from error

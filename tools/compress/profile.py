@@ -13,11 +13,11 @@ from ...launch.console import RunConsole
 from ...launch.local import run_ranks
 from ...launch.streamed import open_streamed
 from ...launch.units import parse_size
-from ..report.formats import size as format_bytes
 from ...moe.compress.criteria import coverage
 from ...moe.compress.profile import COSTS, Profile, ProfileConfig, predicted_bytes, profile
 from ...parallel.config import ParallelConfig
 from ...parallel.mesh import make_mesh
+from ..report.formats import size as format_bytes
 from .text_arguments import add_text_arguments, text_of
 
 HELP = "score every layer, block and expert of a checkpoint on a text, layer by layer"

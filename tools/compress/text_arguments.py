@@ -17,8 +17,8 @@ def add_text_arguments(parser: argparse.ArgumentParser, windows: int) -> None:
     parser.add_argument(
         "--data",
         metavar="TEXT",
-        help="a named corpus, a text or JSONL file, or a prepared folder; `self`: text that the model writes itself, the "
-        "least likely fifth of it left out; default: what the run was trained on",
+        help="a named corpus, a text or JSONL file, or a prepared folder; `self`: text that the model writes itself, "
+        "the least likely fifth of it left out; default: what the run was trained on",
     )
     parser.add_argument("--windows", type=int, default=windows, metavar="N", help="windows of text (%(default)s)")
     parser.add_argument("--seq-len", type=int, metavar="TOKENS", help="of a window; default: the run's, or 2048")
@@ -51,8 +51,8 @@ def _written_by(checkpoint: Path, args: argparse.Namespace) -> Path:
 
     if not is_run(checkpoint):
         raise ValueError(
-            f"--data: self needs a run of ours, which {checkpoint} is not; `wastenot convert from-hf` makes one, or give "
-            "text that the model wrote elsewhere"
+            f"--data: self needs a run of ours, which {checkpoint} is not; `wastenot convert from-hf` makes one, or "
+            "give text that the model wrote elsewhere"
         )
     saved = open_run(checkpoint)
     tokens = args.windows * (args.seq_len or saved.config.data.seq_len)
