@@ -34,6 +34,7 @@ COMMANDS = {
     "simulate": "wastenot.tools.simulate",
     "plan": "wastenot.tools.plan",
     "profile": "wastenot.tools.profile_machine.command",
+    "compress": "wastenot.tools.compress.command",
     "doctor": "wastenot.tools.doctor",
     "bench": "wastenot.tools.bench.command",
 }
