@@ -8,6 +8,7 @@ from ..moe.config import nearest_divisor
 from ..parallel.config import AXES, ParallelConfig
 from .config import TrainConfig
 from .errors import Violation
+from .expert_counts import divides_all, unlike_layers
 
 STEPS_PARTS = ("adamw", "adapprox")
 """Optimizers that step a part of a weight as they would the whole. Tried on two and four ranks: adafactor and came
@@ -17,16 +18,12 @@ fail where they mix parts with whole tensors (apollo does so too, by reading), m
 
 def experts_split_over_ranks(config: TrainConfig) -> list[Violation]:
     moe, degree = config.model.moe, config.parallel.expert
-    if moe is None:
-        if degree == 1:
-            return []
-        message = f"{degree} ranks would share experts, but model.moe is null; use 1 (and data for more ranks)"
-        return [Violation(("parallel.expert", "model.moe"), message)]
-    if moe.experts % degree == 0:
-        return []
-    fix = nearest_divisor(moe.experts, degree)
-    message = f"{degree} does not divide model.moe.experts: {moe.experts}; use {fix}"
-    return [Violation(("parallel.expert", "model.moe.experts"), message)]
+    if degree > 1 and (moe is None or (moe.per_layer and not any(moe.per_layer))):
+        path = "model.moe" if moe is None else "model.moe.per_layer"
+        none = f"{path} is null" if moe is None else f"{path} gives no layer any"
+        message = f"{degree} ranks would share experts, but {none}; use 1 (and data for more ranks)"
+        return [Violation(("parallel.expert", path), message)]
+    return divides_all(config, degree, "parallel.expert")
 
 
 def layout_is_consistent(config: TrainConfig) -> list[Violation]:
@@ -104,7 +101,7 @@ def _stand_ins_stay(config: TrainConfig, world: int) -> list[Violation]:
     if moe is None or emulate is None or moe.dispatch != "padded" or not config.router.rectify.intra:
         return []
     blocks, owners = emulate.sources // world, emulate.owners
-    if moe.experts % owners or (
+    if divides_all(config, owners, "router.emulate.owners") or (
         all(source % owners * degree // owners == source // blocks % degree for source in range(emulate.sources))
         and owners >= degree
     ):
@@ -143,7 +140,7 @@ def _dense_widths(config: TrainConfig) -> dict[str, int]:
     """Sizes that tensor ranks cut, unevenly where they must; 0 where something else decides it."""
     model, moe = config.model, config.model.moe
     widths = {"model.vocab_size": model.vocab_size}
-    if moe is None or not all(model.is_moe(layer) for layer in range(model.layers)):
+    if any(map(model.is_dense, range(model.layers))):
         widths["model.d_ff"] = model.dense_width
     if moe is not None:
         widths["model.moe.shared_experts"] = moe.shared_experts * moe.d_expert
@@ -193,6 +190,9 @@ def lynx_plans_whole_layers(config: TrainConfig) -> list[Violation]:
             f"{config.parallel.shard} ranks gather weights for one use, in which nothing else is known to be there"
         )
         return [Violation(("parallel.shard", "recompute.mode"), f"{message}; use recompute.mode: full, or shard: 1")]
+    if differing := unlike_layers(config.model):
+        message = f"{differing}, of which lynx has no plan; use recompute.mode: full or selective"
+        return [Violation(("model.moe.per_layer", "recompute.mode"), message)]
     if config.train.precision == "fp64":
         return [Violation(("train.precision", "recompute.mode"), "no plan is made for fp64; use fp32 or bf16")]
     return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,13 @@ def _quality(
 
 def _balance(figure: Any, panel: Any, loads: Sequence[Mapping[str, Any]]) -> None:
     """Share of each expert over time, all layers one above the other, in units of the even share."""
-    layers, experts = len(loads[0]["expert_load"]), len(loads[0]["expert_load"][0])
+    counts = [len(layer) for layer in loads[0]["expert_load"]]
     grid = [
         [line["expert_load"][layer][expert] * experts for line in loads]
-        for layer in range(layers)
+        for layer, experts in enumerate(counts)
         for expert in range(experts)
     ]
+    ends = list(accumulate(counts))
     first = loads[0]["step"]
     last = max(loads[-1]["step"], first + 1)  # one column too has a width
     image = panel.imshow(
@@ -101,12 +103,13 @@ def _balance(figure: Any, panel: Any, loads: Sequence[Mapping[str, Any]]) -> Non
         cmap="RdBu_r",
         vmin=0,
         vmax=2,
-        extent=(first, last, layers * experts, 0),
+        extent=(first, last, ends[-1], 0),
         interpolation="nearest",
     )
-    for layer in range(1, layers):
-        panel.axhline(layer * experts, color="black", lw=0.6)
-    panel.set_yticks([(layer + 0.5) * experts for layer in range(layers)], [f"layer {i}" for i in range(layers)])
+    for end in ends[:-1]:
+        panel.axhline(end, color="black", lw=0.6)
+    middles = [end - experts / 2 for end, experts in zip(ends, counts, strict=True)]
+    panel.set_yticks(middles, [f"layer {i}" for i in range(len(counts))])
     panel.set_xlabel("step")
     panel.set_title("Load of each expert (1 = even share)", loc="left", fontsize=10)
     figure.colorbar(image, ax=panel, shrink=0.85)

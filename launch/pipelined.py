@@ -82,9 +82,9 @@ class _Tally:
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         model = config.model
-        self.num_layers = model.nth_moe(model.layers)
+        counts = model.expert_counts.values()
+        self.num_layers, self._experts = len(counts), max(counts, default=0)
         self._accumulate, self._device = config.train.accumulate, device
-        self._experts = 0 if model.moe is None else model.moe.experts
         self.clear()
 
     def clear(self) -> None:
@@ -96,7 +96,7 @@ class _Tally:
     def add(self, layers: list[int], routings: list[Routing], values: dict[str, Tensor]) -> None:
         """One micro-batch through one stage, whose MoE layers have these numbers."""
         if layers:
-            self.counts[layers] += count_layers(routings)
+            self.counts[layers] += count_layers(routings, self._experts)
         for name, value in values.items():
             self.shown[name] = self.shown.get(name, 0) + value / self._accumulate
 

@@ -11,6 +11,7 @@ from ..parallel.lynx.routing_skew import UNIFORM, Skew
 from ..parallel.lynx.shape import Experts, ModelShape
 from ..parallel.stages import lay_out
 from .config import TrainConfig
+from .expert_counts import unlike_layers
 from .rules import tokenizer_size
 from .stage_sizes import layer_sizes
 
@@ -62,10 +63,15 @@ def cut_of(config: TrainConfig) -> tuple[int, ...]:
 
 
 def shape_of(config: TrainConfig, name: str = "model") -> ModelShape:
-    """The model of a run. Raises ValueError where its vocabulary is not known before its tokenizer is."""
+    """The model of a run.
+
+    Raises ValueError where its layers are not of two kinds, or its vocabulary is not known before its tokenizer is.
+    """
     model, moe = config.model, config.model.moe
+    if differing := unlike_layers(model):
+        raise ValueError(f"model.moe.per_layer: {differing}, which is not modelled; use equal ones")
     experts = None
-    if moe is not None:
+    if moe is not None and model.expert_counts:
         experts = Experts(
             experts=moe.experts,
             top_k=config.router.top_k,
@@ -74,7 +80,7 @@ def shape_of(config: TrainConfig, name: str = "model") -> ModelShape:
             groups=config.router.groups,
             top_groups=config.router.top_groups,
         )
-    dense = tuple(layer for layer in range(model.layers) if moe is not None and not model.is_moe(layer))
+    dense = tuple(filter(model.is_dense, range(model.layers))) if experts is not None else ()
     return ModelShape(
         name=name,
         vocab=_vocabulary(config),

@@ -11,9 +11,10 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 
-from ..moe.config import EmulateConfig, MoEConfig, nearest_divisor
+from ..moe.config import EmulateConfig, nearest_divisor
 from .config import TrainConfig
 from .errors import Violation
+from .expert_counts import divides_all, fewest_of
 from .layout_rules import LAYOUT_RULES, multiples
 from .optimizer_config import what_is_missing
 
@@ -26,7 +27,8 @@ Rule = Callable[[TrainConfig], list[Violation]]
 
 def some_layer_has_experts(config: TrainConfig) -> list[Violation]:
     model, moe = config.model, config.model.moe
-    if moe is None or any(model.is_moe(layer) for layer in range(model.layers)):
+    # Layer by layer it may be that none is left: that was asked for in so many words.
+    if moe is None or moe.per_layer or model.expert_counts:
         return []
     name, value = ("every", moe.every) if moe.every > model.layers else ("first_dense", moe.first_dense)
     last = model.layers // moe.every * moe.every
@@ -36,36 +38,35 @@ def some_layer_has_experts(config: TrainConfig) -> list[Violation]:
 
 
 def top_k_fits(config: TrainConfig) -> list[Violation]:
-    moe, router = config.model.moe, config.router
-    if moe is None or router.num_choices <= moe.experts:
+    """In every layer: what fits the emptiest fits all."""
+    router, fewest = config.router, fewest_of(config)
+    if fewest is None or router.num_choices <= fewest.experts:
         return []
-    if router.top_k > moe.experts:
-        message = f"{router.top_k} exceeds model.moe.experts: {moe.experts}; use at most {moe.experts}"
-        return [Violation(("router.top_k", "model.moe.experts"), message)]
-    left = moe.experts - router.top_k
+    if router.top_k > fewest.experts:
+        message = f"{router.top_k} exceeds {fewest.shown}; use at most {fewest.experts}"
+        return [Violation(("router.top_k", fewest.path), message)]
+    left = fewest.experts - router.top_k
     fix = f"use at most {left}" if left else "use rectify.fill: false"
     asked = f"{router.rectify.fill_ranks} beyond router.top_k: {router.top_k}"
-    message = f"{asked} exceed model.moe.experts: {moe.experts}; {fix}"
-    return [Violation(("router.rectify.fill_ranks", "router.top_k", "model.moe.experts"), message)]
+    message = f"{asked} exceed {fewest.shown}; {fix}"
+    return [Violation(("router.rectify.fill_ranks", "router.top_k", fewest.path), message)]
 
 
 def groups_fit(config: TrainConfig) -> list[Violation]:
-    moe, router = config.model.moe, config.router
-    if moe is None or router.groups == 1:
+    router, fewest = config.router, fewest_of(config)
+    if fewest is None or router.groups == 1:
         return []
-    if moe.experts % router.groups:
-        fix = nearest_divisor(moe.experts, router.groups)
-        message = f"{router.groups} does not divide model.moe.experts: {moe.experts}; use {fix}"
-        return [Violation(("router.groups", "model.moe.experts"), message)]
-    within_reach = router.top_groups * moe.experts // router.groups
-    if within_reach < router.num_choices <= moe.experts:
-        enough = -(-router.num_choices * router.groups // moe.experts)
+    if uneven := divides_all(config, router.groups, "router.groups"):
+        return uneven
+    within_reach = router.top_groups * fewest.experts // router.groups
+    if within_reach < router.num_choices <= fewest.experts:
+        enough = -(-router.num_choices * router.groups // fewest.experts)
         wanted = f"top_k: {router.top_k}" + (" and its fill_ranks" if router.rectify.fill else "")
         message = (
             f"{router.top_groups} of {router.groups} groups hold {within_reach} experts, fewer than "
             f"{wanted}; use {enough} or more"
         )
-        return [Violation(("router.top_groups", "router.groups", "router.top_k", "model.moe.experts"), message)]
+        return [Violation(("router.top_groups", "router.groups", "router.top_k", fewest.path), message)]
     return []
 
 
@@ -139,16 +140,9 @@ def emulation_splits(config: TrainConfig) -> list[Violation]:
     moe, emulate, train = config.model.moe, config.router.emulate, config.train
     if moe is None or emulate is None:
         return []
+    owners = divides_all(config, emulate.owners, "router.emulate.owners")
     uneven = _sources_split(emulate, train.batch, train.accumulate)
-    return [*_owners_split(moe, emulate), *(uneven or _sources_split_evaluation(emulate, train.eval_batch))]
-
-
-def _owners_split(moe: MoEConfig, emulate: EmulateConfig) -> list[Violation]:
-    if moe.experts % emulate.owners == 0:
-        return []
-    fix = nearest_divisor(moe.experts, emulate.owners)
-    message = f"{emulate.owners} does not divide model.moe.experts: {moe.experts}; use {fix}"
-    return [Violation(("router.emulate.owners", "model.moe.experts"), message)]
+    return [*owners, *(uneven or _sources_split_evaluation(emulate, train.eval_batch))]
 
 
 def _sources_split(emulate: EmulateConfig, batch: int, accumulate: int) -> list[Violation]:
@@ -259,15 +253,17 @@ def folders_are_folders(config: TrainConfig) -> list[Violation]:
 
 def trace_fits(config: TrainConfig) -> list[Violation]:
     """The recorded logits are there, and of as many experts as the model has."""
-    trace, moe = config.router.trace, config.model.moe
-    if trace is None or moe is None:
+    trace, counts = config.router.trace, config.model.expert_counts
+    if trace is None or not counts:
         return []
     from ..moe.trace import read_trace  # numpy, which only benchmarks that replay one need here
 
     try:
-        read_trace(trace, moe.experts)
+        read_trace(trace, dict(enumerate(counts.values())))
     except ValueError as error:
-        return [Violation(("router.trace", "model.moe.experts"), str(error).removeprefix("trace: "))]
+        return [
+            Violation(("router.trace", "model.moe.experts", "model.moe.per_layer"), str(error).removeprefix("trace: "))
+        ]
     return []
 
 

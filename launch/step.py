@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..moe.decoder import Decoder
-from ..moe.ledger import SLOTS, check_identities, count_layers
+from ..moe.ledger import check_identities, count_layers
 from ..moe.losses import auxiliary_loss, update_bias
 from ..moe.router import TopKRouter
 from ..parallel.apply import seed_of
@@ -127,7 +127,7 @@ class Stepper:
         if self.config.router.bias_update > 0:
             routers = [m for m in self.model.modules() if isinstance(m, TopKRouter)]
             for router, layer in zip(routers, self.model.moe_layers, strict=True):
-                update_bias(router, counts[layer, : -len(SLOTS)])
+                update_bias(router, counts[layer, : router.num_experts])
 
 
 def make_stepper(

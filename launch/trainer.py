@@ -142,7 +142,8 @@ class Trainer:
         in_a_row = 0
         mark, mark_step = time.perf_counter(), progress.step
         self.ledger.clear()
-        loads = Loads()
+        experts = [*config.model.expert_counts.values()]
+        loads = Loads(experts)
         with self.console.following("train", config.train.steps, progress.step) as line, self._profiling() as tick:
             while progress.step < config.train.steps:
                 self.watchdog.at(progress.step, "training")
@@ -162,7 +163,7 @@ class Trainer:
                     numbers = self._measure(result, step_s, loads)
                     if self.recompute is not None:
                         self.recompute.look()
-                    loads = Loads()
+                    loads = Loads(experts)
                     if metrics is not None:
                         metrics.write(**numbers)
                         seconds_left = step_s * (config.train.steps - progress.step)

@@ -125,15 +125,17 @@ def _sum_up_layers(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     steps = np.array([line["ledger_steps"] for line in lines], dtype=np.float64)
     # Each line's shares count as much as its choices.
     choices = [sum(line["slots"][name][0] for name in ("kept", "rectified", "dropped")) for line in lines]
-    load_NLE = np.array([line["expert_load"] for line in lines], dtype=np.float64)
-    load_LE = np.tensordot(choices, load_NLE, 1) / max(1, sum(choices))
+    by_layer = zip(*(line["expert_load"] for line in lines), strict=True)
+    load = [
+        (np.array(choices) @ np.array(layer, dtype=np.float64) / max(1, sum(choices))).tolist() for layer in by_layer
+    ]
     figures_N4 = np.array([[line[f"expert_load_{name}"] for name in FIGURES] for line in lines])
     figures = dict(zip(FIGURES, (steps @ figures_N4 / steps.sum()).tolist(), strict=True))
     return {
         "slots": slots,
         **{name: added([line.get(name) for line in lines]) for name in BY_LAYER},
-        "expert_load": load_LE.tolist(),
-        "load": {**figures, "dead": int((load_LE == 0).sum())},
+        "expert_load": load,
+        "load": {**figures, "dead": sum(layer.count(0) for layer in load)},
     }
 
 

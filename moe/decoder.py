@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -31,7 +31,7 @@ from .routing import Routing
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward or MoE(norm(x))."""
+    """x + attention(norm(x)), then, unless the layer only attends, x + feed-forward or MoE(norm(x))."""
 
     def __init__(
         self,
@@ -47,11 +47,13 @@ class Block(nn.Module):
         self._calls = calls
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps, backend)
         self.attention = Attention(config, layer, backend, mesh, calls)
-        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps, backend)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps, backend) if config.has_ffn(layer) else None
+        self.ffn: MoELayer | SwiGLU | None = None
         if config.moe is not None and config.is_moe(layer):
+            moe = replace(config.moe, experts=config.num_experts(layer), per_layer=(), dense=())
             number = config.nth_moe(layer)
-            self.ffn = MoELayer(config.d_model, config.moe, router, mesh, piece_bytes, backend, number, calls)
-        else:
+            self.ffn = MoELayer(config.d_model, moe, router, mesh, piece_bytes, backend, number, calls)
+        elif config.is_dense(layer):
             self.ffn = SwiGLU(config.d_model, config.dense_width, calls)
 
     def forward(
@@ -77,6 +79,8 @@ class Block(nn.Module):
         call = self._calls.operator
         normed_BSD = call("norm 1", lambda x: compute_dtype(self.attention_norm(x)), x_BSD)
         x_BSD = call("residual 1", torch.add, x_BSD, self.attention(normed_BSD, table, cache, mask, stream))
+        if self.ffn is None or self.ffn_norm is None:
+            return x_BSD, None
         normed_BSD = call("norm 2", self.ffn_norm, x_BSD)
         if isinstance(self.ffn, MoELayer):
             y_BSD, routing = self.ffn(normed_BSD, dropless=cache is not None, stream=stream)
@@ -296,9 +300,9 @@ def with_router(model: Decoder, router: RouterConfig) -> Decoder:
     ranks = max(model.mesh.expert.size, model.mesh.shard.size, model.mesh.tensor.size)
     if ranks > 1:
         raise ValueError(f"the weights are spread over {ranks} ranks; build a model with that router")
-    first = next(block.ffn for block in model.blocks if isinstance(block.ffn, MoELayer))
+    layers = (module for module in model.modules() if isinstance(module, MoELayer))
+    pieces = next((layer.dispatcher.piece_bytes for layer in layers), 0)
     with torch.device("meta"):
-        pieces = first.dispatcher.piece_bytes
         other = Decoder(model.config, router, model.mesh, pieces, model.backend, recompute=model.recompute)
     other.load_state_dict(model.state_dict(keep_vars=True), assign=True)
     return other.train(model.training)

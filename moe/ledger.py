@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..parallel.stopwatch import StreamWait
@@ -43,11 +44,15 @@ def count_slots(routing: Routing) -> Tensor:
 
 
 @torch.no_grad()
-def count_layers(routings: Sequence[Routing]) -> Tensor:
-    """int64 [layers, E + 7]: choices per expert before dropping, then the columns `SLOTS`."""
+def count_layers(routings: Sequence[Routing], experts: int | None = None) -> Tensor:
+    """int64 [layers, E + 7]: choices per expert before dropping, then the columns `SLOTS`.
+
+    E is `experts`, or those of the fullest of these layers: the others have zeros for experts that they lack.
+    """
     if not routings:
         return torch.zeros(0, len(SLOTS), dtype=torch.int64)
-    return torch.stack([torch.cat([r.load_E, count_slots(r)]) for r in routings])
+    width = max(r.num_experts for r in routings) if experts is None else experts
+    return torch.stack([torch.cat([F.pad(r.load_E, (0, width - r.num_experts)), count_slots(r)]) for r in routings])
 
 
 def check_identities(routing: Routing) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,22 +29,24 @@ class Load:
     dead: int
     """Experts, over all layers, that nobody chose in any step."""
     per_layer: list[list[float]]
-    """Part of all steps' choices that each expert got, layer by layer."""
+    """Part of all steps' choices that each expert got, layer by layer: as many numbers as the layer has experts."""
 
 
 class Loads:
     """Adds up the loads of steps, on their device and without waiting for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: Sequence[int] | None = None) -> None:
+        """`experts` of each MoE layer; None: as many as loads have columns."""
         self.steps = 0
+        self._experts = experts
         self._total_LE: Tensor | None = None
         self._figures_L4: Tensor | None = None
 
     def add(self, load_LE: Tensor) -> None:
-        """Adds one step's choices per layer and expert, over all ranks; int64 [layers, E]."""
+        """Adds one step's choices per layer and expert, over all ranks; int64 [layers, E], E of the fullest layer."""
         if not load_LE.numel():
             return
-        figures_L4 = figures_of(load_LE)
+        figures_L4 = figures_of(load_LE, self._experts)
         self.steps += 1
         self._total_LE = load_LE.clone() if self._total_LE is None else self._total_LE + load_LE
         self._figures_L4 = figures_L4 if self._figures_L4 is None else self._figures_L4 + figures_L4
@@ -53,13 +55,15 @@ class Loads:
         """What the steps came to; None for a model without experts."""
         if self._total_LE is None or self._figures_L4 is None:
             return None
+        L, E = self._total_LE.shape
+        experts = self._experts or [E] * L
         means_L4 = (self._figures_L4 / self.steps).cpu()
         mean = dict(zip(FIGURES, means_L4.mean(0).tolist(), strict=True))
         return Load(
             **mean,
             by_layer=dict(zip(FIGURES, means_L4.t().tolist(), strict=True)),
-            dead=int((self._total_LE == 0).sum()),
-            per_layer=shares(self._total_LE).tolist(),
+            dead=sum(experts) - int((self._total_LE > 0).sum()),
+            per_layer=[row[:own] for row, own in zip(shares(self._total_LE).tolist(), experts, strict=True)],
         )
 
 
@@ -72,14 +76,22 @@ def load_of(load_LE: Tensor) -> Load:
     return load
 
 
-def figures_of(load_LE: Tensor) -> Tensor:
-    """`FIGURES` of every layer; fp64 [layers, 4]. Zeros where nobody chose any expert."""
-    E = load_LE.size(1)
+def figures_of(load_LE: Tensor, experts: Sequence[int] | None = None) -> Tensor:
+    """`FIGURES` of every layer; fp64 [layers, 4]. Zeros where nobody chose any expert.
+
+    experts: of each layer, which are the first of E; None: all E.
+    """
+    L, E = load_LE.shape
     share_LE = shares(load_LE)
-    entropy_L = torch.special.entr(share_LE).sum(1)
+    # Without waiting for what the device still has to do.
+    own_L = torch.tensor(experts or [E] * L).to(load_LE.device, non_blocking=True)
+    is_own_LE = torch.arange(E, device=load_LE.device) < own_L.unsqueeze(1)
+    mean_L1 = share_LE.sum(1, keepdim=True) / own_L.unsqueeze(1)
+    deviation_L = (((share_LE - mean_L1) * is_own_LE).square().sum(1) / own_L).sqrt()
+    entropy_L = torch.special.entr(share_LE).sum(1) / own_L.clamp(min=2).log()
     # Of a single expert's load nothing is uneven.
-    entropy_L = entropy_L / math.log(E) if E > 1 else torch.ones_like(entropy_L)
-    return torch.stack([share_LE.amax(1) * E, share_LE.std(1, correction=0) * E, entropy_L, gini(share_LE)], 1)
+    entropy_L = torch.where(own_L > 1, entropy_L, torch.ones_like(entropy_L))
+    return torch.stack([share_LE.amax(1) * own_L, deviation_L * own_L, entropy_L, gini(share_LE, own_L)], 1)
 
 
 def shares(load_LE: Tensor) -> Tensor:
@@ -88,11 +100,16 @@ def shares(load_LE: Tensor) -> Tensor:
     return load_LE / load_LE.sum(1, keepdim=True).clamp(min=1e-300)
 
 
-def gini(load_LE: Tensor) -> Tensor:
-    """Gini coefficient of each row of non-negative loads [..., E]; 0 where a row is all zero."""
+def gini(load_LE: Tensor, experts_L: Tensor | None = None) -> Tensor:
+    """Gini coefficient of each row of non-negative loads [..., E]; 0 where a row is all zero.
+
+    experts_L: how many of a row's numbers are loads, where the others are zeros that count for nothing.
+    """
     E = load_LE.size(-1)
     ordered = load_LE.double().sort(-1).values
-    rank_E = torch.arange(1, E + 1, dtype=torch.float64, device=load_LE.device)
+    own = torch.full_like(ordered[..., 0], E) if experts_L is None else experts_L
+    # Zeros come first: a load's rank among the row's own is less by as many as do not count.
+    rank = torch.arange(1 - E, 1, dtype=torch.float64, device=load_LE.device) + own.unsqueeze(-1)
     total = ordered.sum(-1)
-    uneven = ((2 * rank_E - E - 1) * ordered).sum(-1) / (E * total.clamp(min=1e-300))
+    uneven = ((2 * rank - own.unsqueeze(-1) - 1) * ordered).sum(-1) / (own * total.clamp(min=1e-300))
     return torch.where(total > 0, uneven, torch.zeros_like(uneven))

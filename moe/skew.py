@@ -67,7 +67,7 @@ class ForcedRouter(TopKRouter):
         self.layer = layer
         self.trace_NE: Tensor | None = None
         if config.trace is not None:
-            trace = read_trace(config.trace, num_experts)
+            trace = read_trace(config.trace, {layer: num_experts})
             self.trace_NE = torch.from_numpy(trace[layer % len(trace)])
 
     def logits(self, x_TD: Tensor, blocks: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,11 @@ def write_trace(path: Path | str, logits: Sequence[np.ndarray]) -> None:
     save_file({f"layer{i}": np.ascontiguousarray(layer, dtype=np.float32) for i, layer in enumerate(logits)}, path)
 
 
-def read_trace(path: Path | str, num_experts: int) -> list[np.ndarray]:
-    """What `write_trace` wrote. Raises ValueError where `path` is no trace, or one of other than `num_experts`."""
+def read_trace(path: Path | str, experts: Mapping[int, int]) -> list[np.ndarray]:
+    """What `write_trace` wrote; MoE layer i of a model replays array i, and from the first again where there are fewer.
+
+    experts: MoE layer -> how many it has. Raises ValueError where `path` is no trace, or one of other numbers.
+    """
     try:
         arrays = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -27,8 +30,8 @@ def read_trace(path: Path | str, num_experts: int) -> list[np.ndarray]:
     good = [layer for layer in layers if layer is not None and layer.ndim == 2 and layer.size]
     if not good or len(good) < len(layers):
         raise ValueError(f"trace: {path} holds no router logits; {RECORDS}")
-    for layer in good:
-        if layer.shape[1] != num_experts:
-            found = layer.shape[1]
-            raise ValueError(f"trace: {path} is of {found} experts, the model has {num_experts}; use {found}")
+    for layer, wanted in experts.items():
+        found = good[layer % len(good)].shape[1]
+        if found != wanted:
+            raise ValueError(f"trace: {path} is of {found} experts, the model has {wanted}; use {found}")
     return good

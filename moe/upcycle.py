@@ -30,7 +30,8 @@ def upcycled_config(dense: ModelConfig, experts: int, *, every: int = 2, first_d
     Raises ValueError where `dense` has experts already, or no layer would get any.
     """
     if dense.moe is not None:
-        raise ValueError(f"model.moe: {dense.moe.experts} experts are there already; upcycle a model with moe: null")
+        there = f"{dense.moe.experts} experts are there already" if dense.expert_counts else "layers are not all dense"
+        raise ValueError(f"model.moe: {there}; upcycle a model with moe: null")
     moe = MoEConfig(experts=experts, d_expert=dense.dense_width, every=every, first_dense=first_dense)
     config = replace(dense, moe=moe)
     if not any(config.is_moe(layer) for layer in range(config.layers)):

@@ -117,7 +117,7 @@ def _family_of(saved: SavedRun) -> Family:
     """The first family whose stock models compute what this one does; UserError saying why none does."""
     reasons: list[str] = []
     for family in FAMILIES:
-        if has_experts(family) != (saved.config.model.moe is not None):
+        if has_experts(family) != bool(saved.config.model.expert_counts):
             continue
         try:
             config_to_huggingface(saved.config.model, saved.config.router, family)

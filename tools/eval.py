@@ -81,8 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
 def check_trace(saved: SavedRun, file: Path) -> None:
     """Raises UserError where `file` cannot take a trace of `saved`: before the time is spent."""
-    if saved.config.model.moe is None:
-        raise UserError(f"--trace: {saved.folder.path} is a dense model, which routes nothing; leave --trace out")
+    if not saved.config.model.expert_counts:
+        raise UserError(f"--trace: {saved.folder.path} has no experts and routes nothing; leave --trace out")
     if file.is_dir() or not file.parent.is_dir():
         reason = "is a folder" if file.is_dir() else f"lies in {file.parent}, which does not exist"
         raise UserError(f"--trace: {file} {reason}; give a file in a folder that exists")

@@ -47,9 +47,8 @@ class Grid:
         return 1 + max(getattr(place, axis) for place in self.ranks)
 
     def experts(self, place: Place) -> range:
-        """Experts that a rank holds of every layer with experts."""
-        moe = self.config.model.moe
-        share = 0 if moe is None else moe.experts // self.config.parallel.expert
+        """Experts that a rank holds of every layer with experts; of the fullest, where layers differ."""
+        share = max(self.config.model.expert_counts.values(), default=0) // self.config.parallel.expert
         return range(place.expert * share, (place.expert + 1) * share)
 
 
@@ -74,7 +73,9 @@ def show(grid: Grid, *, as_json: bool, picture: Path | None) -> None:
         return
     console = Console(highlight=False)
     degrees = " × ".join(f"{axis} {grid.size(axis)}" for axis in DENSE)
-    console.print(f"{grid.name}: {len(grid.ranks):,} ranks = {degrees}; experts over {grid.size('expert')}")
+    counts = set(grid.config.model.expert_counts.values())
+    which = " (here those of the fullest layer)" if len(counts) > 1 else ""
+    console.print(f"{grid.name}: {len(grid.ranks):,} ranks = {degrees}; experts over {grid.size('expert')}{which}")
     for stage in range(grid.size("pipeline")):
         if stage * len(grid.ranks) // grid.size("pipeline") >= MOST_DRAWN:
             console.print(f"… and {grid.size('pipeline') - stage} more stages (--json has them all)")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,12 @@ def both_routings(saved: SavedRun, ranks: int, factor: float) -> tuple[list[Rout
 
     Raises UserError where the run has no experts, or `ranks` does not divide them.
     """
-    moe, config = saved.config.model.moe, saved.config
-    if moe is None:
-        raise UserError(f"{saved.folder.path} has no experts: model.moe is null")
-    if ranks < 1 or moe.experts % ranks:
-        fix = nearest_divisor(moe.experts, max(1, ranks))
-        raise UserError(f"--ranks: {ranks} does not divide the {moe.experts} experts; use {fix}")
+    config, counts = saved.config, [*saved.config.model.expert_counts.values()]
+    if not counts:
+        raise UserError(f"{saved.folder.path} has no experts: no layer of model.moe has any")
+    if odd := [experts for experts in counts if ranks < 1 or experts % ranks]:
+        fix = nearest_divisor(math.gcd(*counts), max(1, ranks))
+        raise UserError(f"--ranks: {ranks} does not divide the {odd[0]} experts; use {fix}")
     # Whole sequences on every rank, at least 16 in all.
     sequences = -(-16 // ranks) * ranks
     inputs, _ = eval_windows(TokenShards.open(held_out(saved, None), "val"), config.data.seq_len)
@@ -91,7 +92,7 @@ def both_routings(saved: SavedRun, ranks: int, factor: float) -> tuple[list[Rout
     if len(tokens_BS) < sequences:
         raise UserError(f"the held-out text has {len(inputs)} windows, fewer than {sequences}; use fewer --ranks")
     routings = []
-    for rectify in (RectifyConfig(), RectifyConfig(intra=True, fill=config.router.top_k < moe.experts)):
+    for rectify in (RectifyConfig(), RectifyConfig(intra=True, fill=config.router.top_k < min(counts))):
         try:
             router = _router(config.router, ranks, factor, rectify)
         except ValueError as error:

@@ -154,11 +154,12 @@ def config_to_huggingface(
         config["head_dim"] = model.head_width
     if family in _DENSE_WIDTH:
         config["intermediate_size"] = model.dense_width
-    return config if model.moe is None else config | _of_experts(model.moe, router, family)
+    return config | _of_experts(model.moe, router, family) if model.moe and model.expert_counts else config
 
 
 def _of_experts(moe: MoEConfig, router: RouterConfig, family: Family) -> dict[str, Any]:
     """The keys of config.json that are about experts."""
+    dense = list(moe.dense) if moe.per_layer else list(range(moe.first_dense))
     config: dict[str, Any] = {
         "num_experts_per_tok": router.top_k,
         _EXPERTS[family][0]: moe.experts,
@@ -168,11 +169,11 @@ def _of_experts(moe: MoEConfig, router: RouterConfig, family: Family) -> dict[st
     if family != "mixtral":
         config["norm_topk_prob"] = router.normalize != "none"
     if family == "qwen3_moe":
-        config |= {"decoder_sparse_step": moe.every, "mlp_only_layers": list(range(moe.first_dense))}
+        config |= {"decoder_sparse_step": moe.every, "mlp_only_layers": dense}
     if family == "deepseek":
         config |= {
             "n_shared_experts": moe.shared_experts or None,
-            "first_k_dense_replace": moe.first_dense,
+            "first_k_dense_replace": len(dense),
             "moe_layer_freq": 1,
             "scoring_func": "softmax",
         }
@@ -204,16 +205,15 @@ _HEAD_WIDTH: tuple[Family, ...] = ("mixtral", "qwen3_moe", "llama")
 
 def _experts(reader: _Reader, family: Family, layers: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of MoEConfig and those of RouterConfig."""
-    every, first_dense = _dense_layers(reader, family, layers)
+    num_experts = reader.integer(*_EXPERTS[family])
     top_k = reader.integer("num_experts_per_tok")
     balance = "aux_loss_alpha" if family == "deepseek" else "router_aux_loss_coef"
     normalized = family == "mixtral" or bool(reader.config.get("norm_topk_prob"))
     experts = {
-        "experts": reader.integer(*_EXPERTS[family]),
+        "experts": num_experts,
         "d_expert": reader.integer(_EXPERT_WIDTH[family]),
         "shared_experts": reader.integer("n_shared_experts", default=0) if family == "deepseek" else 0,
-        "every": every,
-        "first_dense": first_dense,
+        **_which_layers(reader, family, layers, num_experts),
     }
     choice = {
         "top_k": top_k,
@@ -261,37 +261,45 @@ def _rope_theta(reader: _Reader, family: Family) -> float:
     return theta
 
 
-def _dense_layers(reader: _Reader, family: Family, layers: int) -> tuple[int, int]:
-    """(every, first_dense) of MoEConfig for the layers that `config` gives no experts."""
+def _which_layers(reader: _Reader, family: Family, layers: int, experts: int) -> dict[str, Any]:
+    """The fields of MoEConfig that say which layers have experts; the others are dense."""
     if family == "deepseek":
-        return 1, reader.integer("first_k_dense_replace", default=0)
+        return {"first_dense": reader.integer("first_k_dense_replace", default=0)}
     if family != "qwen3_moe":
-        return 1, 0
+        return {}
     every = max(1, reader.integer("decoder_sparse_step", default=1))
     listed = reader.config.get("mlp_only_layers") or []
     if not isinstance(listed, list) or not all(isinstance(layer, int) for layer in listed):
         reader.problems.append(f"mlp_only_layers: {listed!r} is no list of layer numbers")
-        return every, 0
+        return {}
     dense = frozenset(listed)
     theirs = [layer for layer in range(layers) if layer not in dense and (layer + 1) % every == 0]
     if not theirs:
         reader.problems.append(f"mlp_only_layers: with decoder_sparse_step: {every} no layer has experts")
-        return 1, 0
+        return {}
     first = theirs[0]
-    if theirs != [layer for layer in range(first, layers) if (layer + 1) % every == 0]:
-        reader.problems.append(
-            f"mlp_only_layers: {sorted(dense)} leaves dense layers among those with experts; only the first layers "
-            f"can be dense, as in {list(range(first))}"
-        )
-    # A dense layer more or less between two steps says the same: take the plainest number.
-    return every, first if first >= every else 0
+    if theirs == [layer for layer in range(first, layers) if (layer + 1) % every == 0]:
+        # A dense layer more or less between two steps says the same: take the plainest number.
+        return {"every": every, "first_dense": first if first >= every else 0}
+    return {
+        "per_layer": tuple(experts if layer in theirs else 0 for layer in range(layers)),
+        "dense": tuple(layer for layer in range(layers) if layer not in theirs),
+    }
+
+
+_EXPORT = "`wastenot compress export` writes such models"
 
 
 def _not_said_by_any(model: ModelConfig, router: RouterConfig) -> Iterator[str]:
     """What no family can say."""
-    if model.moe is None:
+    if bare := [layer for layer in range(model.layers) if not model.has_ffn(layer)]:
+        yield f"model.moe.per_layer: layers {bare} have no feed-forward network, stock layers have one; {_EXPORT}"
+    if not model.expert_counts:
         # A dense model reads nothing of what is said of the router.
         return
+    if len(set(model.expert_counts.values())) > 1:
+        fewest, most = min(model.expert_counts.values()), max(model.expert_counts.values())
+        yield f"model.moe.per_layer: layers have {fewest} to {most} experts, stock layers equally many; {_EXPORT}"
     if router.kind != "learned":
         yield f"router.kind: {router.kind} is for benchmarks; stock routers are learned"
     if router.score != "softmax":
@@ -313,9 +321,9 @@ def _not_said_by(family: Family, model: ModelConfig, router: RouterConfig) -> It
         yield f"model.d_head: {model.head_width} is not this family's d_model / heads"
     if family == "llama" and model.d_model % model.heads:
         yield f"model.heads: {model.heads} does not divide d_model: {model.d_model}, as this family's must"
-    if moe is None:
+    if moe is None or not model.expert_counts:
         if has_experts(family):
-            yield "model.moe: null has no experts; use the llama family"
+            yield f"model.moe: {'null has no' if moe is None else 'no layer has'} experts; use the llama family"
         return
     if not has_experts(family):
         yield f"model.moe: {moe.experts} experts are more than this family's null; use the family of such a model"
@@ -324,8 +332,10 @@ def _not_said_by(family: Family, model: ModelConfig, router: RouterConfig) -> It
         yield "router.normalize: none is not this family's top_k"
     if moe.shared_experts and family != "deepseek":
         yield f"model.moe.shared_experts: {moe.shared_experts} is more than this family's 0"
-    dense = [layer for layer in range(model.layers) if not model.is_moe(layer)]
+    dense = [layer for layer in range(model.layers) if model.is_dense(layer)]
     if dense and family in ("mixtral", "olmoe"):
         yield f"model.moe: layers {dense} are dense; all of this family have experts"
     if moe.every > 1 and family == "deepseek":
         yield f"model.moe.every: {moe.every} has no key in this family's config.json"
+    if moe.per_layer and family == "deepseek" and dense != list(range(len(dense))):
+        yield f"model.moe.dense: {dense} are not the first layers, as the dense ones of this family are"

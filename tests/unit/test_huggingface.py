@@ -80,6 +80,14 @@ CASES: dict[str, Any] = {
         mlp_only_layers=[0],
         tie_word_embeddings=True,
     ),
+    "qwen3_moe-mixed": Qwen3MoeConfig(
+        **(SHAPE | {"num_hidden_layers": 4}),
+        intermediate_size=80,
+        moe_intermediate_size=24,
+        num_experts=16,
+        num_experts_per_tok=4,
+        mlp_only_layers=[3, 1],
+    ),
     "olmoe": OlmoeConfig(**SHAPE, intermediate_size=24, num_experts=16, num_experts_per_tok=4),
     "llama": LlamaConfig(**SHAPE, intermediate_size=80, head_dim=16, rope_parameters={"rope_theta": 5e5}),
     "llama-tied": LlamaConfig(**SHAPE, intermediate_size=80, tie_word_embeddings=True),
@@ -476,6 +484,26 @@ def test_configurations_come_back_as_they_went(family: Family) -> None:
         assert config_from_huggingface(half)[0].rope_theta == 5e5
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_dense_layers_anywhere_come_back_as_they_went(step: int) -> None:
+    changes = {"num_hidden_layers": 6, "decoder_sparse_step": step, "mlp_only_layers": [3, 2]}
+    model, router, family = config_from_huggingface(CASES["qwen3_moe-mixed"].to_dict() | changes)
+    assert model.moe is not None
+    dense = (2, 3) if step == 1 else (0, 2, 3, 4)
+    assert model.moe.dense == dense
+    assert model.moe.per_layer == tuple(0 if layer in dense else 16 for layer in range(6))
+    back = config_to_huggingface(model, router, family)
+    assert (back["decoder_sparse_step"], back["mlp_only_layers"], back["num_experts"]) == (1, list(dense), 16)
+    assert config_from_huggingface(back) == (model, router, family)
+
+
+def test_what_is_dense_in_every_layer_is_of_the_llama_family() -> None:
+    shape = {"vocab_size": 10, "layers": 2}
+    dense = ModelConfig(**shape, moe=MoEConfig(per_layer=(0, 0), dense=(0, 1)))
+    expected = config_to_huggingface(ModelConfig(**shape, moe=None), RouterConfig(), "llama")
+    assert config_to_huggingface(dense, RouterConfig(), "llama") == expected
+
+
 def test_a_single_normalised_choice_keeps_its_gradient() -> None:
     config = CASES["mixtral"].to_dict() | {"num_experts_per_tok": 1}
     _, router, _ = config_from_huggingface(config)
@@ -501,7 +529,6 @@ def test_a_single_normalised_choice_keeps_its_gradient() -> None:
         ("mixtral", {"num_local_experts": 8.5}, ["num_local_experts: 8.5 is not a whole number"]),
         ("qwen3_moe", {"attention_bias": True}, ["attention_bias: True adds biases"]),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 64}, ["sliding_window: 64 hides"]),
-        ("qwen3_moe", {"decoder_sparse_step": 1, "mlp_only_layers": [2]}, ["mlp_only_layers: [2] leaves dense layers"]),
         ("qwen3_moe", {"decoder_sparse_step": 9}, ["decoder_sparse_step: 9 no layer has experts"]),
         ("qwen3_moe", {"mlp_only_layers": 3}, ["mlp_only_layers: 3 is no list"]),
         ("llama", {"mlp_bias": True, "attention_bias": True}, ["mlp_bias: True adds", "attention_bias: True adds"]),
@@ -530,6 +557,31 @@ def test_what_our_models_cannot_compute_is_refused(case: str, changes: dict, mes
         ("mixtral", {"moe": MoEConfig(every=2)}, {}, ["layers [0, 2] are dense"]),
         ("mixtral", {"moe": MoEConfig(shared_experts=1)}, {}, ["shared_experts: 1 is more"]),
         ("deepseek", {"moe": MoEConfig(every=2)}, {}, ["model.moe.every: 2 has no key"]),
+        (
+            "deepseek",
+            {"moe": MoEConfig(per_layer=(8, 0, 8, 8), dense=(1,))},
+            {},
+            ["dense: [1] are not the first layers"],
+        ),
+        ("mixtral", {"moe": MoEConfig(per_layer=(8, 0, 8, 8), dense=(1,))}, {}, ["layers [1] are dense"]),
+        (
+            "mixtral",
+            {"moe": MoEConfig(per_layer=(8, 0, 8, 0))},
+            {},
+            ["layers [1, 3] have no feed-forward network", "`wastenot compress export` writes such models"],
+        ),
+        (
+            "qwen3_moe",
+            {"qk_norm": "head", "moe": MoEConfig(per_layer=(8, 6, 8, 4))},
+            {},
+            ["layers have 4 to 8 experts, stock layers equally many; `wastenot compress export` writes such models"],
+        ),
+        (
+            "mixtral",
+            {"moe": MoEConfig(per_layer=(0, 0, 0, 0), dense=(0, 1, 2, 3))},
+            {},
+            ["no layer has experts; use the llama family"],
+        ),
         ("deepseek", {"d_head": 32}, {}, ["model.d_head: 32 is not this family's d_model / heads"]),
         ("olmoe", {"qk_norm": "full"}, {"score": "sigmoid", "scale": 2.0}, ["score: sigmoid", "router.scale: 2.0"]),
         ("olmoe", {"qk_norm": "full"}, {"groups": 2, "bias_update": 0.1}, ["router.groups: 2", "bias_update: 0.1"]),

@@ -187,7 +187,7 @@ def test_eval_records_the_routing_of_the_first_batch(
     saved = open_run(made)
     inputs, _ = eval_windows(TokenShards.open(Path(given["data"]), "val"), 32)
     routings = saved.model(torch.from_numpy(inputs[:4])).routings
-    trace = read_trace(file, 4)
+    trace = read_trace(file, {0: 4, 1: 4})
     assert len(trace) == len(routings) == 2
     for layer, routing in zip(trace, routings, strict=True):
         assert torch.from_numpy(layer).equal(routing.logits_TE)

@@ -138,7 +138,7 @@ def write_text(path: Path) -> None:
 def test_what_is_no_trace_of_this_model_is_explained(write, message, tmp_path: Path):
     write(tmp_path / "trace")
     with pytest.raises(ValueError, match="trace: ") as error:
-        read_trace(tmp_path / "trace", 4)
+        read_trace(tmp_path / "trace", {0: 4})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="trace: "):

@@ -27,8 +27,8 @@ class Account:
     """For each of `moe.ledger.SLOTS`, one number per expert layer; empty lists where the model is dense."""
     slots_by_rank: Sequence[Sequence[Sequence[int]]] | None
     """[ranks][layers][SLOTS]; None where it was too much to write down, or the number of ranks changed."""
-    slots_there_are: int | None
-    """In one layer: experts x capacity x ranks x micro-batches. None without a capacity, or where unknown."""
+    slots_there_are: Sequence[int] | None
+    """In each expert layer: experts x capacity x ranks x micro-batches. None without a capacity, or where unknown."""
     tokens: int
     """Over all ranks and steps."""
     top_k: int
@@ -71,13 +71,15 @@ def account_of(run: Run) -> Account | None:
     lines = ledger_lines(run)
     if not lines:
         return None
-    there_are = [_slots_there_are(run, line) for line in lines]
+    slots = add_slots(lines)
+    there_are = added([_slots_there_are(run, line) for line in lines])
     steps = sum(line["ledger_steps"] for line in lines)
     return Account(
         steps=steps,
-        slots=add_slots(lines),
+        slots=slots,
         slots_by_rank=added([line.get("slots_by_rank") for line in lines]),
-        slots_there_are=None if None in there_are else sum(slots or 0 for slots in there_are),
+        # Of as many layers as were counted, or nothing is known.
+        slots_there_are=there_are if there_are and len(there_are) == len(slots["kept"]) else None,
         tokens=steps * _tokens(run),
         top_k=run.get("router.top_k", 1),
         collectives=_add_collectives(lines),
@@ -102,12 +104,18 @@ def add_slots(lines: Iterable[Line]) -> dict[str, list[int]]:
     return {name: added([line.get("slots", {}).get(name) for line in lines]) or [] for name in SLOTS}
 
 
-def capacity(run: Run, world: int) -> int | None:
-    """Slots per (emulated) rank and expert in one micro-batch on `world` ranks; None without a capacity."""
-    if run.parsed is None or run.parsed.model.moe is None:
-        return None
+def slots_of(run: Run, world: int) -> list[tuple[int, int]]:
+    """(experts, slots of each) in every expert layer, per (emulated) rank in one micro-batch on `world` ranks.
+
+    Empty without a capacity, or where the configuration is not known.
+    """
+    if run.parsed is None:
+        return []
     tokens = _tokens(run) // run.parsed.train.accumulate // _blocks(run, world)
-    return capacity_of(run.parsed.router, tokens, run.parsed.model.moe.experts)
+    counts = run.parsed.model.expert_counts.values()
+    return [
+        (experts, slots) for experts in counts if (slots := capacity_of(run.parsed.router, tokens, experts)) is not None
+    ]
 
 
 def checks(run: Run, account: Account) -> list[Check]:
@@ -115,7 +123,8 @@ def checks(run: Run, account: Account) -> list[Check]:
     found: list[Check] = []
     numbers = run.layer_numbers(account.num_layers)
     if account.num_layers:
-        found.append(_whole("tokens × top-k", OF_CHOICES, account, account.tokens * account.top_k, numbers))
+        choices = [account.tokens * account.top_k] * account.num_layers
+        found.append(_whole("tokens × top-k", OF_CHOICES, account, choices, numbers))
     if account.num_layers and account.slots_there_are is not None:
         found.append(_whole("experts × capacity", OF_SLOTS, account, account.slots_there_are, numbers))
     if account.slots_by_rank is not None:
@@ -142,13 +151,13 @@ def _blocks(run: Run, world: int) -> int:
     return run.get("router.emulate.sources") or world
 
 
-def _slots_there_are(run: Run, line: Line) -> int | None:
-    """Slots of one layer in the steps that `line` counts."""
+def _slots_there_are(run: Run, line: Line) -> list[int] | None:
+    """Slots of each expert layer in the steps that `line` counts."""
     world = run.world_at(line["step"])
-    slots = None if world is None else capacity(run, world)
-    if world is None or slots is None:
+    if world is None:
         return None
-    return line["ledger_steps"] * run.get("train.accumulate", 1) * _blocks(run, world) * run.experts * slots
+    times = line["ledger_steps"] * run.get("train.accumulate", 1) * _blocks(run, world)
+    return [times * experts * slots for experts, slots in slots_of(run, world)] or None
 
 
 def _add_collectives(lines: Iterable[Line]) -> dict[str, dict[str, float]]:
@@ -161,15 +170,17 @@ def _add_collectives(lines: Iterable[Line]) -> dict[str, dict[str, float]]:
     return kinds
 
 
-def _whole(whole: str, parts: Sequence[str], account: Account, expected: int, numbers: Sequence[int]) -> Check:
+def _whole(
+    whole: str, parts: Sequence[str], account: Account, expected: Sequence[int], numbers: Sequence[int]
+) -> Check:
     """The check that `parts` are all there is, in every layer."""
-    sums = {number: sum(account.slots[part][layer] for part in parts) for layer, number in enumerate(numbers)}
-    wrong = [number for number, found in sums.items() if found != expected]
+    sums = [sum(account.slots[part][layer] for part in parts) for layer in range(len(numbers))]
+    wrong = [layer for layer, (found, known) in enumerate(zip(sums, expected, strict=True)) if found != known]
     where = f"each of {len(numbers)} layers" if len(numbers) > 1 else f"layer {numbers[0]}"
-    told = f"{count(expected)} in {where}"
+    told = " or ".join(map(count, sorted(set(expected)))) + f" in {where}"
     if wrong:
-        more = f", and {len(wrong) - 1} layers more" if len(wrong) > 1 else ""
-        told = f"{count(sums[wrong[0]])} instead of {count(expected)} in layer {wrong[0]}{more}"
+        first, more = wrong[0], f", and {len(wrong) - 1} layers more" if len(wrong) > 1 else ""
+        told = f"{count(sums[first])} instead of {count(expected[first])} in layer {numbers[first]}{more}"
     return Check(f"{' + '.join(parts)} = {whole}", not wrong, told)
 
 

@@ -16,7 +16,7 @@ def load_lines(run: Run) -> list[Line]:
 
 
 def mean_load(lines: Sequence[Line]) -> list[list[float]]:
-    """Share of each expert [layers][experts], mean over `lines` (at least one)."""
+    """Share of each expert [layers][its experts], mean over `lines` (at least one)."""
     layers = zip(*(line["expert_load"] for line in lines), strict=True)
     return [[sum(shares) / len(lines) for shares in zip(*layer, strict=True)] for layer in layers]
 
@@ -34,7 +34,6 @@ def mean_figures(lines: Sequence[Line], layers: int) -> list[list[float]] | None
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _shape(load: Any) -> tuple[int, int] | None:
-    if not isinstance(load, list) or not load or not load[0] or any(len(layer) != len(load[0]) for layer in load):
-        return None
-    return len(load), len(load[0])
+def _shape(load: Any) -> tuple[int, ...] | None:
+    """Experts of each layer."""
+    return tuple(map(len, load)) if isinstance(load, list) and load and all(load) else None

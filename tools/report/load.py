@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from .balance import load_lines, mean_figures, mean_load
@@ -46,10 +47,11 @@ def _of_run(index: int, run: Run, *, several: bool) -> Html:
         return join([heading, element("p", why, class_="nothing")])
     late = lines[-max(1, math.ceil(END * len(lines))) :]
     shares = mean_load(late)
-    layers, experts = len(shares), len(shares[0])
+    layers = len(shares)
     numbers = run.layer_numbers(layers)
     span = f"step {count(late[0]['step'])}" + (f" to {count(late[-1]['step'])}" if len(late) > 1 else "")
-    parts = [_over_steps(index, numbers, lines)] if layers * experts <= MOST_ROWS else [_busiest(index, numbers, lines)]
+    draw = _over_steps if sum(map(len, shares)) <= MOST_ROWS else _busiest
+    parts = [draw(index, numbers, lines)]
     parts.append(_at_the_end(index, numbers, shares, span))
     charts = element("div", *parts, class_="charts")
     figures = mean_figures(late, layers)
@@ -66,14 +68,20 @@ def _of_run(index: int, run: Run, *, several: bool) -> Html:
 def _over_steps(index: int, numbers: Sequence[int], lines: Sequence[Line]) -> Html:
     """A row for every expert of every layer."""
     columns = _columns(lines)
-    experts = len(columns[0][0])
-    grid = [[column[layer][e] * experts for column in columns] for layer in range(len(numbers)) for e in range(experts)]
+    counts = list(map(len, columns[0]))
+    grid = [
+        [column[layer][e] * experts for column in columns]
+        for layer, experts in enumerate(counts)
+        for e in range(experts)
+    ]
     drawing = new_figure(5.0, min(4.6, max(2.2, 0.5 + 0.09 * len(grid))))
     axes = drawing.subplots()
     _image(drawing, axes, grid, (*_span(lines), len(grid), 0))
-    for layer in range(1, len(numbers)):
-        axes.axhline(layer * experts, color=LIGHT["ink"], linewidth=0.8)
-    axes.set_yticks([(i + 0.5) * experts for i in range(len(numbers))], [f"layer {number}" for number in numbers])
+    ends = list(accumulate(counts))
+    for end in ends[:-1]:
+        axes.axhline(end, color=LIGHT["ink"], linewidth=0.8)
+    middles = [end - experts / 2 for end, experts in zip(ends, counts, strict=True)]
+    axes.set_yticks(middles, [f"layer {number}" for number in numbers])
     step_axis(axes)
     caption = "Load of every expert over the steps"
     return figure(caption, to_svg(drawing, f"load-{index}-steps", f"{caption}: a row for each expert."))
@@ -82,8 +90,7 @@ def _over_steps(index: int, numbers: Sequence[int], lines: Sequence[Line]) -> Ht
 def _busiest(index: int, numbers: Sequence[int], lines: Sequence[Line]) -> Html:
     """A row for every layer: its busiest expert."""
     columns = _columns(lines)
-    experts = len(columns[0][0])
-    grid = [[max(column[layer]) * experts for column in columns] for layer in range(len(numbers))]
+    grid = [[max(column[layer]) * len(column[layer]) for column in columns] for layer in range(len(numbers))]
     drawing = new_figure(5.0, min(4.6, max(1.6, 0.6 + 0.075 * len(grid))))
     axes = drawing.subplots()
     most = max(2.0, math.ceil(max(map(max, grid))))
@@ -95,9 +102,9 @@ def _busiest(index: int, numbers: Sequence[int], lines: Sequence[Line]) -> Html:
 
 
 def _at_the_end(index: int, numbers: Sequence[int], shares: Sequence[Sequence[float]], span: str) -> Html:
-    """Layers x experts."""
-    experts = len(shares[0])
-    grid = [[share * experts for share in layer] for layer in shares]
+    """Layers x experts; blank beyond the experts of a layer that has fewer than others."""
+    experts = max(map(len, shares))
+    grid = [[share * len(layer) for share in layer] + [math.nan] * (experts - len(layer)) for layer in shares]
     drawing = new_figure(5.0, min(4.6, max(1.6, 0.6 + (0.22 if len(grid) <= 12 else 0.075) * len(grid))))
     axes = drawing.subplots()
     _image(drawing, axes, grid, (0, experts, len(grid), 0))
@@ -108,6 +115,8 @@ def _at_the_end(index: int, numbers: Sequence[int], shares: Sequence[Sequence[fl
     if len(grid) * experts <= 64:
         for row, layer in enumerate(grid):
             for e, value in enumerate(layer):
+                if math.isnan(value):
+                    continue
                 # Both ends of the scale are dark.
                 ink = "#ffffff" if abs(value - 1) > 0.65 else "#101010"
                 axes.text(e + 0.5, row + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=6.5, color=ink)
@@ -136,7 +145,7 @@ def _image(
     axes.spines[["left", "bottom"]].set_visible(False)
     norm = TwoSlopeNorm(1.0, 0.0, most)
     image = axes.imshow(grid, aspect="auto", cmap="RdBu_r", norm=norm, extent=extent, interpolation="none")
-    over = max(map(max, grid)) > most
+    over = any(value > most for row in grid for value in row)
     bar = drawing.colorbar(image, ax=axes, shrink=0.9, aspect=24, pad=0.02, extend="max" if over else "neither")
     bar.set_ticks([0, 0.5, 1, *([1.5, 2] if most == 2 else [most])])
     bar.outline.set_visible(False)

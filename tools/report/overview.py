@@ -55,7 +55,9 @@ def model_in_a_line(run: Run, headline: Headline) -> str:
     if not run.experts:
         return ", ".join([*parts, "dense"])
     shared = run.get("model.moe.shared_experts")
-    parts.append(f"{run.experts} experts" + (f" + {shared} shared" if shared else ""))
+    fewest = min(filter(None, run.get("model.moe.per_layer") or ()), default=run.experts)
+    experts = f"{run.experts}" if fewest == run.experts else f"{fewest} to {run.experts}"
+    parts.append(f"{experts} experts" + (f" + {shared} shared" if shared else ""))
     parts.append(f"top-{run.get('router.top_k')}")
     factor = run.get("router.capacity_factor")
     parts += ["dropless"] if factor is None else [f"capacity {factor:g}", f"rectify {_rectify(run)}"]

@@ -69,13 +69,16 @@ class Run:
 
     @property
     def experts(self) -> int:
-        """Routed experts of a layer; 0 where the model is dense."""
-        return self.get("model.moe.experts", 0)
+        """Routed experts of a layer, of the fullest where layers differ; 0 where the model has none."""
+        counts = self.get("model.moe.per_layer")
+        return max(counts) if counts else self.get("model.moe.experts", 0)
 
     def layer_numbers(self, count: int) -> list[int]:
         """Which layers of the model the `count` entries of a list per expert layer stand for, from 0."""
         every, first = self.get("model.moe.every", 1), self.get("model.moe.first_dense", 0)
         numbers = [i for i in range(self.get("model.layers", count)) if i >= first and (i + 1) % every == 0]
+        if counts := self.get("model.moe.per_layer"):
+            numbers = [i for i, experts in enumerate(counts) if experts]
         return numbers if len(numbers) == count else list(range(count))
 
 

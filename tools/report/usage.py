@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .accounts import OF_CHOICES, OF_SLOTS, Account, capacity, ledger_lines
+from .accounts import OF_CHOICES, OF_SLOTS, Account, ledger_lines, slots_of
 from .formats import count, percent
 from .headline import Entry
 from .history import History, history_of
@@ -69,10 +69,10 @@ def _of_run(index: int, entry: Entry, *, several: bool) -> Html:
 
 def _whole(index: int, run: Run, account: Account, history: History, view: View) -> Html:
     """All layers together."""
-    slots = capacity(run, run.world or 1)
-    whole = (
-        view.whole if view is CHOICES or slots is None else f"{count(run.experts)} experts × capacity {count(slots)}"
-    )
+    whole, alike = view.whole, set(slots_of(run, run.world or 1))
+    if view is SLOTS and len(alike) == 1:
+        [(experts, slots)] = alike
+        whole = f"{count(experts)} experts × capacity {count(slots)}"
     caption = f"{view.title} of all layers, as parts of {whole}"
     drawing = new_figure(5.0, 2.5)
     axes = drawing.subplots()
