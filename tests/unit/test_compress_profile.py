@@ -75,7 +75,10 @@ def test_scores_and_the_order_of_drops_are_those_of_the_papers_definitions(mixtr
 
     cosines = {n: cosine_similarity(each["a"], each["b"], dim=-1).mean().item() for n, each in enumerate(seen)}
     assert layer_scores(found) == pytest.approx(cosines, rel=6e-6)
-    order = lambda scores: sorted(scores, key=lambda n: -scores[n])
+
+    def order(scores):
+        return sorted(scores, key=lambda n: -scores[n])
+
     assert order(layer_scores(found)) == order(cosines)
 
     for gap in range(1, LAYERS + 1):
