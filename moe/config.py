@@ -284,8 +284,8 @@ class ModelConfig:
         if len(counts) != self.layers:
             nearest = [*counts[: self.layers], *counts[-1:] * (self.layers - len(counts))]
             raise ValueError(
-                f"layers: {self.layers} is not the number of entries in moe.per_layer: {list(counts)}; use "
-                f"{len(counts)}, or for example per_layer: {nearest}"
+                f"moe: per_layer: {list(counts)} has {len(counts)} entries for layers: {self.layers}; use for example "
+                f"{nearest}, or layers: {len(counts)}"
             )
 
     @property

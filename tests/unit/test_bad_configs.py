@@ -19,6 +19,7 @@ from wastenot.parallel.mesh import Axis
 from wastenot.tools.cli import main
 
 SLOTS = "router.capacity_factor=1"
+UNLIKE = "model.moe.per_layer=[8,6,0,4]"
 PIPELINE, SCHEDULE, FILLED = "parallel.pipeline", "parallel.schedule", "-s train.accumulate=2"
 
 # What is typed after `-s`, over the defaults; the path to change; what the message offers instead.
@@ -90,6 +91,43 @@ BAD_SETTINGS = [
     ("model.vocab_size=100", "model.vocab_size", "use 2048, or 0"),
     ("model.moe=null -s parallel.expert=2", "parallel.expert", "use 1"),
     ("parallel.expert=3", "parallel.expert", "use 2"),
+    (
+        f"{UNLIKE} -s parallel.expert=4",
+        "parallel.expert",
+        "the 6 experts that model.moe.per_layer gives layer 1; use 2",
+    ),
+    (
+        f"{UNLIKE} -s router.top_k=5",
+        "router.top_k",
+        "the 4 experts that model.moe.per_layer gives layer 3; use at most 4",
+    ),
+    (
+        f"{UNLIKE} -s router.top_k=4 -s router.rectify.fill=true -s {SLOTS}",
+        "router.rectify.fill_ranks",
+        "experts that model.moe.per_layer gives layer 3; use rectify.fill: false",
+    ),
+    (f"{UNLIKE} -s router.groups=4", "router.groups", "model.moe.per_layer gives layer 1; use 2"),
+    (f"{UNLIKE} -s router.groups=2 -s router.top_k=3", "router.top_groups", "1 of 2 groups hold 2 experts"),
+    (
+        f"{UNLIKE} -s router.emulate={{sources: 8, owners: 4}}",
+        "router.emulate.owners",
+        "model.moe.per_layer gives layer 1; use 2",
+    ),
+    (f"{UNLIKE} -s recompute.mode=lynx", "model.moe.per_layer", "layer 2 has no feed-forward network, of which lynx"),
+    (
+        "model.moe.per_layer=[8,8,4,8] -s recompute.mode=lynx",
+        "model.moe.per_layer",
+        "layers have 4 to 8 experts, of which lynx has no plan; use recompute.mode: full or selective",
+    ),
+    (
+        "model.moe.per_layer=[0,0,0,0] -s parallel.expert=2",
+        "parallel.expert",
+        "model.moe.per_layer gives no layer any; use 1",
+    ),
+    ("model.moe.per_layer=[8,8,8]", "model.moe", "use for example [8, 8, 8, 8], or layers: 3"),
+    ("model.moe.per_layer=[8,8,8] -s model.layers=2", "model.moe", "use for example [8, 8], or layers: 3"),
+    ("model.moe.per_layer=[6,6,6,6]", "model.moe.experts", "use 6"),
+    ("model.moe.dense=[0]", "model.moe.dense", "use []"),
     ("parallel.expert=2 -s train.nproc=3", "train.nproc", "use 2 or 4"),
     ("parallel.data=4 -s parallel.expert=2 -s train.nproc=2", "train.nproc", "use 4, or 0"),
     ("parallel.data=3 -s parallel.expert=2", "parallel.expert", "3 ranks of a stage"),
@@ -230,6 +268,23 @@ def test_a_trace_of_other_experts_is_refused(in_empty_folder: Path, capsys: pyte
     (in_empty_folder / "run.yaml").write_text("router: {kind: replay, trace: trace, balance_loss: 0}")
     assert error_of(capsys, "run.yaml") == ("run.yaml: router.trace: trace is of 4 experts, the model has 8; use 4")
     assert main(["config", "run.yaml", "-s", "model.moe.experts=4"]) == 0
+
+
+def test_a_trace_fits_layer_by_layer(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_trace("trace", [np.zeros((5, 8)), np.zeros((5, 4))])
+    (in_empty_folder / "run.yaml").write_text(
+        "{model: {moe: {per_layer: [8, 0, 4, 0]}}, router: {kind: replay, trace: trace, balance_loss: 0}}"
+    )
+    assert main(["config", "run.yaml"]) == 0
+    capsys.readouterr()
+    # Layer 2 is the third with experts: it begins the trace again.
+    found = error_of(capsys, "run.yaml", "-s", "model.moe.per_layer=[8,4,4,0]")
+    assert found.endswith("router.trace: trace is of 8 experts, the model has 4; use 8")
+
+
+def test_no_experts_in_any_layer_are_what_was_asked_for(in_empty_folder: Path) -> None:
+    (in_empty_folder / "run.yaml").write_text("model: {moe: {per_layer: [0, 0, 0, 0], dense: [1]}}")
+    assert main(["config", "run.yaml"]) == 0
 
 
 def test_padded_stand_ins_are_refused_exactly_where_they_would_travel() -> None:

@@ -196,6 +196,33 @@ def test_figures_of_load_are_means_over_layers_and_dead_experts_are_counted_over
     assert load.dead == 1
 
 
+@given(st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=6), min_size=1, max_size=4))
+def test_experts_that_a_layer_lacks_are_no_idle_ones(load):
+    """Figures of every layer are those it has alone."""
+    counts = [len(layer) for layer in load]
+    loads = Loads(counts)
+    loads.add(torch.tensor([layer + [0] * (max(counts) - len(layer)) for layer in load]))
+    found = loads.read()
+    assert found is not None
+    alone = [load_of(torch.tensor([layer])) for layer in load]
+    assert [len(layer) for layer in found.per_layer] == counts
+    assert found.per_layer == [one.per_layer[0] for one in alone]
+    assert found.dead == sum(one.dead for one in alone)
+    for name, values in found.by_layer.items():
+        assert values == pytest.approx([getattr(one, name) for one in alone], abs=1e-12), name
+
+
+def test_accounts_of_layers_with_other_numbers_of_experts_add_up():
+    loads = Loads([3, 2])
+    loads.add(torch.tensor([[1, 0, 3], [2, 2, 0]]))
+    line = merge([ledger_of_one(3)], loads.read(), tokens=8)
+    assert (line["expert_load"], line["dead_experts"]) == ([[0.25, 0, 0.75], [0.5, 0.5]], 1)
+    account = sum_up([line, line])
+    assert account is not None
+    assert account["expert_load"] == [pytest.approx([0.25, 0, 0.75]), pytest.approx([0.5, 0.5])]
+    assert account["load"]["dead"] == 1
+
+
 def test_a_single_expert_and_a_layer_without_choices_have_finite_figures():
     alone = load_of(torch.tensor([[7]]))
     assert (alone.max_over_mean, alone.cv, alone.entropy, alone.gini, alone.dead) == (1, 0, 1, 0, 0)
@@ -472,6 +499,12 @@ def test_layers_are_counted_in_order_with_the_load_of_their_experts():
     for row, routing in zip(counts, routings, strict=True):
         assert row.tolist() == routing.load_E.tolist() + count_slots(routing).tolist()
     assert count_layers([]).shape == (0, len(SLOTS)), "a dense model"
+
+
+def test_layers_with_fewer_experts_have_zeros_for_those_they_lack():
+    routing = by_hand()
+    [row] = count_layers([routing], 5)
+    assert row.tolist() == [*routing.load_E.tolist(), 0, 0, *count_slots(routing).tolist()]
 
 
 class OnDevice(StreamWait):

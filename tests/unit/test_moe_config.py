@@ -87,7 +87,7 @@ def test_counts_of_a_layer_that_contradict_each_other_are_refused(values, messag
 
 def test_counts_of_another_number_of_layers_are_refused_with_the_nearest_ones():
     few, many = MoEConfig(per_layer=(8, 4)), MoEConfig(per_layer=(8, 0, 4))
-    assert "entries in moe.per_layer: [8, 4]; use 2, or for example per_layer: [8, 4, 4]" in refused(
-        ModelConfig, layers=3, moe=few
+    assert refused(ModelConfig, layers=3, moe=few) == (
+        "moe: per_layer: [8, 4] has 2 entries for layers: 3; use for example [8, 4, 4], or layers: 2"
     )
-    assert refused(ModelConfig, layers=2, moe=many).endswith("use 3, or for example per_layer: [8, 0]")
+    assert refused(ModelConfig, layers=2, moe=many).endswith("use for example [8, 0], or layers: 3")
