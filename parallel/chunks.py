@@ -226,16 +226,53 @@ def read_shards(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -
             with safe_open(path / file, framework="pt") as shard:
                 for chunk, item in reads:
                     name = item.storage_index.fqn
-                    stored = shard.get_tensor(name)
-                    entry = manifest.tensors[name]
-                    check_sums(path, name, chunk, stored)
-                    if (stored.dtype, tuple(stored.shape)) != (entry.dtype, chunk.shape):
-                        raise ValueError(f"{path} is damaged: {name} in {file} is not what the manifest says")
+                    stored = _sound(path, manifest.tensors[name], name, chunk, shard.get_tensor(name))
                     for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                         stored = stored.narrow(dim, start, length)
                     planner.resolve_tensor(item).detach().copy_(stored)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {file} is unreadable: {error}") from error
+
+
+def read_tensor(path: Path, manifest: Manifest, name: str, experts: Sequence[int] | None = None) -> Tensor:
+    """The tensor `name` of the checkpoint at `path`, whatever layout wrote it; of a stack of matrices those `experts`
+    alone, in this order, without reading the others.
+
+    Raises ValueError where a file is damaged.
+    """
+    entry = manifest.tensors[name]
+    shape = entry.shape if experts is None else (len(experts), *entry.shape[1:])
+    whole = torch.empty(shape, dtype=entry.dtype)
+    for chunk in entry.chunks:
+        box = tuple(slice(start, start + size) for start, size in zip(chunk.offset, chunk.shape, strict=True))
+        try:
+            with safe_open(path / chunk.file, framework="pt") as shard:
+                if experts is None:
+                    whole[box] = _sound(path, entry, name, chunk, shard.get_tensor(name))
+                    continue
+                stored = shard.get_slice(name)
+                for place, expert in enumerate(experts):
+                    if box[0].start <= expert < box[0].stop:
+                        row = expert - box[0].start
+                        one = replace(
+                            chunk,
+                            offset=(expert, *chunk.offset[1:]),
+                            shape=(1, *chunk.shape[1:]),
+                            sums=chunk.sums[row : row + 1],
+                        )
+                        part = _sound(path, entry, name, one, stored[row : row + 1])
+                        whole[place : place + 1][:, *box[1:]] = part
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {chunk.file} is unreadable: {error}") from error
+    return whole
+
+
+def _sound(path: Path, entry: TensorEntry, name: str, chunk: Chunk, stored: Tensor) -> Tensor:
+    """`stored`, once it is what the manifest says of `chunk`; ValueError otherwise."""
+    check_sums(path, name, chunk, stored)
+    if (stored.dtype, tuple(stored.shape)) != (entry.dtype, chunk.shape):
+        raise ValueError(f"{path} is damaged: {name} in {chunk.file} is not what the manifest says")
+    return stored
 
 
 def _planner_metadata(manifest: Manifest) -> Metadata:

@@ -269,7 +269,8 @@ class StockModel:
         return ExpertWeights(gate_up.to(self.device), down.to(self.device))
 
     def _read(self, name: str) -> Tensor:
-        return self._stored[name].to(self.device, torch.float32)
+        # A copy: where the file lies in memory, products would depend on how the file aligns its tensors.
+        return self._stored[name].to(self.device, torch.float32, copy=True)
 
     def _around(self, number: int) -> _Around:
         """Of the layer: tokens [B, S, D] -> their mask and rotary table."""

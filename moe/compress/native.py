@@ -1,0 +1,248 @@
+"""A checkpoint of ours as a streamed model: one layer's modules, filled with that layer's tensors and experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...parallel.checksums import sums_of
+from ...parallel.chunks import read_tensor
+from ...parallel.manifest import Manifest, check_complete, read_manifest, some
+from ..attention import Attention, rotary_table
+from ..config import ModelConfig, RectifyConfig, RouterConfig
+from ..feedforward import SwiGLU
+from ..norm import RMSNorm
+from ..router import TopKRouter
+from .plan import Shape, fingerprint
+from .reading import chosen_experts, most_choices, share_of
+from .streamed import Choice, ExpertWeights
+
+__all__ = ["NativeLayer", "NativeModel", "native_fingerprint", "native_shape"]
+
+_MODEL = "model."
+_GATE_UP, _DOWN = "ffn.experts.gate_up", "ffn.experts.down"
+
+
+class _Parts(nn.Module):
+    """A block without experts, its parts under the names they have in `decoder.Block`."""
+
+    def __init__(self, config: ModelConfig, router: RouterConfig, number: int, num_experts: int, feed: bool) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config, number)
+        if not feed:
+            return
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        if not num_experts:
+            self.ffn = SwiGLU(config.d_model, config.dense_width)
+            return
+        assert config.moe is not None
+        self.ffn = nn.Module()
+        self.ffn.router = TopKRouter(config.d_model, num_experts, router)
+        if config.moe.shared_experts:
+            self.ffn.shared = SwiGLU(config.d_model, config.moe.d_expert * config.moe.shared_experts)
+
+
+@dataclass
+class NativeLayer:
+    """See `StreamedLayer`."""
+
+    num_experts: int
+    is_dense: bool
+    experts: ExpertWeights | None
+    _parts: Any
+    _config: ModelConfig
+
+    def attend(self, h_BSD: Tensor) -> Tensor:
+        """See `StreamedLayer`."""
+        positions_S = torch.arange(h_BSD.size(1), device=h_BSD.device)
+        table = rotary_table(positions_S, self._config.head_width, self._config.rope_theta, h_BSD.dtype)
+        return h_BSD + self._parts.attention(self._parts.attention_norm(h_BSD), table)
+
+    def norm(self, a_BSD: Tensor) -> Tensor:
+        """See `StreamedLayer`."""
+        return self._parts.ffn_norm(a_BSD)
+
+    def route(self, x_TD: Tensor) -> Choice:
+        """See `StreamedLayer`."""
+        routing = self._parts.ffn.router(x_TD, dropless=True)
+        return Choice(routing.experts_TK, routing.weights_TK, routing.probs_TE)
+
+    def shared(self, x_TD: Tensor) -> Tensor | None:
+        """See `StreamedLayer`."""
+        ffn = self._parts.ffn
+        return ffn.shared(x_TD) if hasattr(ffn, "shared") else None
+
+    def dense(self, x_TD: Tensor) -> Tensor:
+        """See `StreamedLayer`."""
+        return self._parts.ffn(x_TD)
+
+
+class NativeModel:
+    """See `StreamedModel`; a checkpoint folder of `parallel.checkpoint`, whatever layout of ranks wrote it."""
+
+    def __init__(
+        self, config: ModelConfig, router: RouterConfig, checkpoint: Path | str, device: torch.device | str = "cpu"
+    ) -> None:
+        """`config` with the vocabulary filled in.
+
+        Raises ValueError where the checkpoint is damaged or of another model, or the router is for benchmarks.
+        """
+        if router.kind != "learned":
+            raise ValueError(f"router.kind: {router.kind} ignores the tokens; only learned routers tell experts apart")
+        self.config, self.path, self.device = config, Path(checkpoint), torch.device(device)
+        self._router, self._manifest = router, read_manifest(self.path)
+        check_complete(self.path, self._manifest)
+        self.shape = native_shape(config, router)
+        self.d_model, self.vocab_size = config.d_model, config.vocab_size
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ValueError unless the checkpoint holds the tensors of the model, all of them and no others."""
+        wanted = {"embedding.weight": (self.vocab_size, self.d_model), "norm.weight": (self.d_model,)}
+        if not self.config.tie_embeddings:
+            wanted["head.weight"] = (self.vocab_size, self.d_model)
+        for number in range(self.shape.layers):
+            wanted |= self._shapes(number)
+        found = {
+            name.removeprefix(_MODEL): entry.shape
+            for name, entry in self._manifest.tensors.items()
+            if name.startswith(_MODEL)
+        }
+        shared = sorted(wanted.keys() & found.keys())
+        problems = {
+            "misses": sorted(wanted.keys() - found.keys()),
+            "has, and should not,": sorted(found.keys() - wanted.keys()),
+            "has in another shape": [name for name in shared if tuple(wanted[name]) != tuple(found[name])],
+        }
+        if said := "; ".join(f"{what} {some(names)}" for what, names in problems.items() if names):
+            raise ValueError(f"{self.path} is no checkpoint of this model: it {said}")
+
+    @property
+    def fingerprint(self) -> str:
+        """See `StreamedModel`."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return native_fingerprint(self.config, self._router, self.path)
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """See `StreamedModel`. The embedding stays in memory once it has been asked for."""
+        return F.embedding(tokens_BS.to(self.device), self._embedding)
+
+    def logits(self, h_BSD: Tensor) -> Tensor:
+        """See `StreamedModel`. The output layer stays in memory once it has been asked for."""
+        norm, weight = self._output
+        return F.linear(norm(h_BSD), weight)
+
+    @cached_property
+    def _embedding(self) -> Tensor:
+        return self._read("embedding.weight")
+
+    @cached_property
+    def _output(self) -> tuple[nn.Module, Tensor]:
+        norm = RMSNorm(self.d_model, self.config.norm_eps)
+        norm.load_state_dict({"weight": self._read("norm.weight")}, assign=True)
+        weight = self._embedding if self.config.tie_embeddings else self._read("head.weight")
+        return norm.requires_grad_(False), weight
+
+    def layer(
+        self, number: int, kept: Sequence[int] | None = None, share: tuple[int, int] = (0, 1), feed: bool = True
+    ) -> NativeLayer:
+        """See `StreamedModel`."""
+        experts = self.shape.experts[number] if feed else 0
+        chosen = chosen_experts(number, kept if feed else None, experts, self.shape)
+        own = share_of(chosen, share)
+        parts = self._parts(number, len(chosen), feed)
+        tensors = {name: self._read(f"blocks.{number}.{name}") for name in parts.state_dict()}
+        for name in tensors:
+            if name.startswith("ffn.router."):
+                tensors[name] = tensors[name][list(chosen)]
+        parts.load_state_dict(tensors, assign=True)
+        stacks = None
+        if own:
+            gate_up, down = (self._read(f"blocks.{number}.{name}", own) for name in (_GATE_UP, _DOWN))
+            stacks = ExpertWeights(gate_up, down)
+        is_dense = feed and number in self.shape.dense
+        return NativeLayer(len(chosen), is_dense, stacks, parts.requires_grad_(False).eval(), self.config)
+
+    def layer_bytes(self, number: int) -> int:
+        """See `StreamedModel`."""
+        return sum(4 * torch.Size(shape).numel() for shape in self._shapes(number).values())
+
+    def _shapes(self, number: int) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of the layer's tensors."""
+        experts, moe, D = self.shape.experts[number], self.config.moe, self.d_model
+        parts = self._parts(number, experts, feed=True)
+        shapes = {f"blocks.{number}.{name}": tuple(tensor.shape) for name, tensor in parts.state_dict().items()}
+        if experts and moe is not None:
+            shapes[f"blocks.{number}.{_GATE_UP}"] = experts, 2 * moe.d_expert, D
+            shapes[f"blocks.{number}.{_DOWN}"] = experts, D, moe.d_expert
+        return shapes
+
+    def _parts(self, number: int, num_experts: int, feed: bool) -> _Parts:
+        """On meta: the layer with a router of so many experts; without `feed`, what attends."""
+        top_k = min(self.shape.top_k, most_choices(num_experts, self.shape)) if num_experts else self.shape.top_k
+        # Dropless and without noise. With one choice left the gradient has no meaning, and the same weight.
+        router = replace(
+            self._router,
+            top_k=top_k,
+            detach=True,
+            capacity_factor=None,
+            rectify=RectifyConfig(),
+            emulate=None,
+            jitter=0.0,
+        )
+        with torch.device("meta"):
+            return _Parts(self.config, router, number, num_experts, feed and self.config.has_ffn(number))
+
+    def _read(self, name: str, experts: Sequence[int] | None = None) -> Tensor:
+        return read_tensor(self.path, self._manifest, _MODEL + name, experts).to(self.device, torch.float32)
+
+
+def native_shape(config: ModelConfig, router: RouterConfig) -> Shape:
+    """What a plan can cut of a model of ours."""
+    layers = range(config.layers)
+    return Shape(
+        experts=tuple(config.num_experts(layer) for layer in layers),
+        dense=tuple(layer for layer in layers if config.is_dense(layer)),
+        top_k=router.top_k,
+        groups=router.groups,
+        top_groups=router.top_groups,
+    )
+
+
+def native_fingerprint(config: ModelConfig, router: RouterConfig, checkpoint: Path | str) -> str:
+    """Of the weights in a checkpoint of ours, and of what a forward does with them.
+
+    Rests on the sums that the manifest holds; tensors of checkpoints without them are read. Raises ValueError where it
+    is damaged.
+    """
+    path = Path(checkpoint)
+    manifest = read_manifest(path)
+    shape = native_shape(config, router)
+    described: dict[str, Any] = {
+        "shape": [shape.experts, shape.dense, shape.top_k, shape.groups, shape.top_groups],
+        "attention": [config.heads, config.num_kv_heads, config.rope_theta, config.qk_norm, config.norm_eps],
+        "router": [router.score, router.normalize, router.scale],
+    }
+    for name, entry in manifest.tensors.items():
+        if name.startswith(_MODEL):
+            described[name] = [str(entry.dtype), entry.shape, _sums(path, manifest, name)]
+    return fingerprint(described)
+
+
+def _sums(path: Path, manifest: Manifest, name: str) -> list[int]:
+    """Of the tensor's chunks in order; of a stack, its experts, the same however ranks shared them."""
+    chunks = sorted(manifest.tensors[name].chunks, key=lambda chunk: chunk.offset)
+    if all(chunk.sums for chunk in chunks):
+        return [each for chunk in chunks for each in chunk.sums]
+    return list(sums_of(read_tensor(path, manifest, name)))
