@@ -57,6 +57,9 @@ class StockLayer:
 
     def attend(self, h_BSD: Tensor) -> Tensor:
         """See `StreamedLayer`."""
+        if not h_BSD.numel():
+            # A rank without tokens; transformers cannot tell their heads apart.
+            return h_BSD
         mask, table = self._around(h_BSD)
         y_BSD, _ = self._module.self_attn(
             hidden_states=self._module.input_layernorm(h_BSD), attention_mask=mask, position_embeddings=table
