@@ -14,7 +14,7 @@ from ..moe.decoder import Decoder
 from ..parallel.apply import parallelize
 from ..parallel.checkpoint import Checkpointer, newest
 from ..parallel.expert import expert_parameter_names
-from ..parallel.manifest import read_manifest
+from ..parallel.manifest import Manifest, TensorEntry, read_manifest
 from ..parallel.mesh import Mesh, single
 from ..parallel.training_state import load_training_state, training_state
 from .config import TrainConfig
@@ -44,6 +44,8 @@ class SavedRun:
 def open_run(path: Path | str, step: int | None = None) -> SavedRun:
     """Loads the checkpoint of `step` (None: the newest complete one) of the run at `path`.
 
+    Weights that it holds in few bits stay so: the model is for evaluation and generation alone.
+
     Raises UserError where that is no run, it has no such checkpoint, or a part of it is damaged.
     """
     folder = RunFolder(path)
@@ -61,11 +63,33 @@ def open_run(path: Path | str, step: int | None = None) -> SavedRun:
     checkpoint = find_checkpoint(folder, step)
     try:
         manifest = read_manifest(checkpoint)
-        model = blank_decoder(config, mesh, as_trained(config.router, manifest.layout))
+        is_quantized = bool(_quantized(manifest))
+        saved = manifest.tensors if is_quantized else {}
+        model = blank_decoder(config, mesh, as_trained(config.router, manifest.layout), saved)
         load_training_state(checkpoint, model, None, mesh, expert_parameter_names(model).__contains__)
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint of {folder.path}: {error}") from error
+    if is_quantized:
+        # Here and below: a run of whole weights does not need it.
+        from ..moe.compress.quantized import pack_
+
+        pack_(model)
     return SavedRun(folder, config, checkpoint, manifest.step, model.eval(), tokenizer, mesh)
+
+
+def refuse_quantized(checkpoint: Path, purpose: str) -> None:
+    """Raises UserError where `checkpoint` holds weights in few bits, which cannot `purpose`; ValueError where it is
+    none."""
+    if found := _quantized(read_manifest(checkpoint)):
+        raise UserError(
+            f"{checkpoint} holds {len(found)} weights in few bits, which cannot {purpose} (among them {found[0]}); use the "
+            "checkpoint that they were made from"
+        )
+
+
+def _quantized(manifest: Manifest) -> list[str]:
+    """Tensors that are codes of weights (moe/compress/quantize.py)."""
+    return sorted(name for name in manifest.tensors if name.startswith("model.") and name.endswith(".q"))
 
 
 def write_run(config: TrainConfig, model: Decoder, tokenizer: Tokenizer, source: str) -> None:
@@ -84,10 +108,19 @@ def write_run(config: TrainConfig, model: Decoder, tokenizer: Tokenizer, source:
     folder.config.write_text(dump_config(config), encoding="utf-8")
 
 
-def blank_decoder(config: TrainConfig, mesh: Mesh, router: RouterConfig) -> Decoder:
-    """The model of `config` with memory for its weights and nothing in it yet: to be loaded."""
+def blank_decoder(
+    config: TrainConfig, mesh: Mesh, router: RouterConfig, quantized: Mapping[str, TensorEntry] | None = None
+) -> Decoder:
+    """The model of `config` with memory for its weights and nothing in it yet: to be loaded.
+
+    quantized: tensors of a checkpoint some of whose weights are in few bits; ValueError where they are of another model.
+    """
     with torch.device("meta"):
         model = Decoder(config.model, router, mesh, backend=config.kernels)
+    if quantized:
+        from ..moe.compress.quantized import blank_quantized_
+
+        blank_quantized_(model, {name.removeprefix("model."): entry for name, entry in quantized.items()})
     parallelize(model, mesh, lambda name, tensor, generator: None, 0, weight_dtype(config.train.precision))
     return model
 

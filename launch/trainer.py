@@ -39,6 +39,7 @@ from .optimizer_state import by_parameter, in_all, measure
 from .precision import compute_dtype, weight_dtype
 from .rules import vocabulary_rule
 from .run_folder import RunFolder
+from .saved_run import refuse_quantized
 from .settings import as_mapping
 from .shards import TokenShards, read_meta
 from .signals import StopRequest
@@ -248,6 +249,7 @@ class Trainer:
             return
         self.watchdog.at(0, "loading")
         try:
+            refuse_quantized(path, "be trained")
             # A converted checkpoint holds weights only: the run starts from them, at step 0.
             saved = read_checkpoint_meta(path)
             started = "progress" in saved

@@ -11,7 +11,7 @@ from ..launch.config import DataConfig, LogConfig, TrainConfig
 from ..launch.env import Rank, pick_device
 from ..launch.errors import UserError
 from ..launch.run_folder import RunFolder
-from ..launch.saved_run import SavedRun, blank_decoder, open_run, write_run
+from ..launch.saved_run import SavedRun, blank_decoder, open_run, refuse_quantized, write_run
 from ..launch.settings import as_mapping, parse_config
 from ..launch.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from ..moe.adapters.huggingface import (
@@ -64,6 +64,7 @@ def to_huggingface(source: Path, target: Path, step: int | None, family: Family 
     Raises UserError where the run cannot be read or no family can say its model.
     """
     saved = open_run(source, step)
+    refuse_quantized(saved.checkpoint, "be converted")
     family = family or _family_of(saved)
     end_token = saved.tokenizer.end_token
     try:

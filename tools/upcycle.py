@@ -12,7 +12,7 @@ from typing import Any
 from ..launch.config import TrainConfig
 from ..launch.errors import UserError
 from ..launch.run_folder import RunFolder
-from ..launch.saved_run import blank_decoder, open_run, write_run
+from ..launch.saved_run import blank_decoder, open_run, refuse_quantized, write_run
 from ..launch.settings import as_mapping, parse_config
 from ..launch.tokenizer import FILE_NAME, Tokenizer
 from ..moe.adapters.huggingface import CONFIG
@@ -111,6 +111,7 @@ def _open(source: Path, target: Path) -> tuple[TrainConfig, Decoder, Tokenizer]:
         return config, model, tokenizer
     checkpoint = re.fullmatch(r"step-(\d+)(-\d+)?", source.name)
     saved = open_run(source, None) if checkpoint is None else open_run(source.parent.parent, int(checkpoint[1]))
+    refuse_quantized(saved.checkpoint, "be upcycled")
     return saved.config, saved.model, saved.tokenizer
 
 
