@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import ModelConfig, RouterConfig
 from .places import family_of
 from .plan import Shape
 
-__all__ = ["shape_of_config", "shape_of_model"]
+__all__ = ["model_of_shape", "shape_of_config", "shape_of_model"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,23 @@ def shape_of_model(model: ModelConfig, router: RouterConfig) -> Shape:
         groups=router.groups,
         top_groups=router.top_groups,
     )
+
+
+def model_of_shape(model: ModelConfig, shape: Shape) -> ModelConfig:
+    """`model`, a mixture, with the layers and experts of `shape`: said layer by layer only where layers differ."""
+    assert model.moe is not None
+    count = max(shape.experts)
+    is_plain = count > 0 and min(shape.experts) == count
+    moe = replace(
+        model.moe,
+        # Where no layer has experts nothing reads their number.
+        experts=count or model.moe.experts,
+        every=1,
+        first_dense=0,
+        per_layer=() if is_plain else shape.experts,
+        dense=() if is_plain else shape.dense,
+    )
+    return replace(model, layers=shape.layers, moe=moe)
 
 
 def _dense_layers(config: Mapping[str, Any], keys: _Keys, layers: int) -> tuple[int, ...]:
