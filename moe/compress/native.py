@@ -12,19 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...parallel.checksums import sums_of
 from ...parallel.chunks import read_tensor
-from ...parallel.manifest import Manifest, check_complete, read_manifest, some
+from ...parallel.manifest import check_complete, read_manifest, some
 from ..attention import Attention, rotary_table
 from ..config import ModelConfig, RectifyConfig, RouterConfig
+from ..config_size import count_layer
 from ..feedforward import SwiGLU
 from ..norm import RMSNorm
 from ..router import TopKRouter
-from .plan import Shape, fingerprint
+from .fingerprint import run_fingerprint
+from .plan import Shape
 from .reading import chosen_experts, most_choices, share_of
-from .streamed import Choice, ExpertWeights
+from .streamed import Choice, ExpertWeights, LayerSize
 
-__all__ = ["NativeLayer", "NativeModel", "native_fingerprint", "native_shape"]
+__all__ = ["NativeLayer", "NativeModel", "native_shape"]
 
 _MODEL = "model."
 _GATE_UP, _DOWN = "ffn.experts.gate_up", "ffn.experts.down"
@@ -132,7 +133,7 @@ class NativeModel:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return native_fingerprint(self.config, self._router, self.path)
+        return run_fingerprint(self.path, self.path.parent.parent)
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """See `StreamedModel`. The embedding stays in memory once it has been asked for."""
@@ -174,9 +175,26 @@ class NativeModel:
         is_dense = feed and number in self.shape.dense
         return NativeLayer(len(chosen), is_dense, stacks, parts.requires_grad_(False).eval(), self.config)
 
-    def layer_bytes(self, number: int) -> int:
+    @property
+    def outside_size(self) -> int:
         """See `StreamedModel`."""
-        return sum(4 * torch.Size(shape).numel() for shape in self._shapes(number).values())
+        return self.d_model * (self.vocab_size * (1 if self.config.tie_embeddings else 2) + 1)
+
+    @property
+    def element_bytes(self) -> int:
+        """See `StreamedModel`."""
+        return self._manifest.tensors[_MODEL + "embedding.weight"].dtype.itemsize
+
+    def size(self, number: int) -> LayerSize:
+        """See `StreamedModel`."""
+        config, experts, moe = self.config, self.shape.experts[number], self.config.moe
+        whole = count_layer(config, self._router, number)["total"]
+        expert, width = 0, config.dense_width if number in self.shape.dense else 0
+        if experts and moe is not None:
+            expert, width = 3 * self.d_model * moe.d_expert + self.d_model, moe.d_expert
+        attention = sum(tensor.numel() for tensor in self._parts(number, 0, feed=False).parameters())
+        feed = whole - attention - experts * expert
+        return LayerSize(attention=attention, feed=feed, expert=expert, num_experts=experts, hidden=width)
 
     def _shapes(self, number: int) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of the layer's tensors."""
@@ -218,31 +236,3 @@ def native_shape(config: ModelConfig, router: RouterConfig) -> Shape:
         groups=router.groups,
         top_groups=router.top_groups,
     )
-
-
-def native_fingerprint(config: ModelConfig, router: RouterConfig, checkpoint: Path | str) -> str:
-    """Of the weights in a checkpoint of ours, and of what a forward does with them.
-
-    Rests on the sums that the manifest holds; tensors of checkpoints without them are read. Raises ValueError where it
-    is damaged.
-    """
-    path = Path(checkpoint)
-    manifest = read_manifest(path)
-    shape = native_shape(config, router)
-    described: dict[str, Any] = {
-        "shape": [shape.experts, shape.dense, shape.top_k, shape.groups, shape.top_groups],
-        "attention": [config.heads, config.num_kv_heads, config.rope_theta, config.qk_norm, config.norm_eps],
-        "router": [router.score, router.normalize, router.scale],
-    }
-    for name, entry in manifest.tensors.items():
-        if name.startswith(_MODEL):
-            described[name] = [str(entry.dtype), entry.shape, _sums(path, manifest, name)]
-    return fingerprint(described)
-
-
-def _sums(path: Path, manifest: Manifest, name: str) -> list[int]:
-    """Of the tensor's chunks in order; of a stack, its experts, the same however ranks shared them."""
-    chunks = sorted(manifest.tensors[name].chunks, key=lambda chunk: chunk.offset)
-    if all(chunk.sums for chunk in chunks):
-        return [each for chunk in chunks for each in chunk.sums]
-    return list(sums_of(read_tensor(path, manifest, name)))

@@ -8,7 +8,6 @@ one layer and filled with that layer's tensors; the experts are stacks of ours. 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...parallel.checksums import sums_of
 from ...parallel.manifest import some
 from ..adapters.huggingface import CONFIG, StoredWeights
 from .families import FAMILIES, Family, shape_of
+from .fingerprint import checkpoint_fingerprint
 from .places import Place, name_of, place_of
-from .plan import Shape, fingerprint, shape_from
+from .plan import Shape, shape_from
 from .reading import chosen_experts, most_choices, share_of
 from .streamed import Choice, ExpertWeights, LayerSize
 
@@ -136,12 +135,12 @@ class StockModel:
 
     @property
     def fingerprint(self) -> str:
-        """See `StreamedModel`. Reads all weights the first time."""
+        """See `StreamedModel`."""
         return self._fingerprint
 
     @cached_property
     def _fingerprint(self) -> str:
-        return stock_fingerprint(self.folder)
+        return checkpoint_fingerprint(self.folder)
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """See `StreamedModel`."""
@@ -297,21 +296,6 @@ class StockModel:
             return mask, self._rotary(h_BSD, positions_1S)
 
         return around
-
-
-def stock_fingerprint(folder: Path | str) -> str:
-    """Of the weights in a Hugging Face folder, or an applied one, and of its configuration. Reads all of them.
-
-    Raises ValueError where the folder is damaged.
-    """
-    folder = Path(folder)
-    names = [name for name in (CONFIG, BASE_CONFIG, APPLIED) if (folder / name).is_file()]
-    digest = hashlib.sha256(json.dumps([_read_json(folder / name) for name in names], sort_keys=True).encode())
-    stored = StoredWeights(folder)
-    for name in sorted(stored):
-        tensor = stored[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {sums_of(tensor)}".encode())
-    return fingerprint(digest.hexdigest())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
