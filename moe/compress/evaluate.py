@@ -16,11 +16,15 @@ from torch import Tensor
 from ...parallel.collectives import all_reduce
 from ...parallel.mesh import Mesh, single
 from .calibration import Calibration
+from .forward import read_planned
 from .plan import DropPlan
 from .profile import block
 from .streamed import StreamedLayer, StreamedModel
 
 __all__ = ["Evaluator", "Quality"]
+
+_Fate = tuple[bool, bool, tuple[int, ...], tuple[int, ...]]
+"""Of a layer: whether its block goes, its feed-forward network, the experts kept, and those skipped."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Evaluator:
     ) -> None:
         self.model, self.mesh, self.batch, self.progress = model, mesh or single(), batch, progress
         self.text = text.share(self.mesh.batch.rank, self.mesh.batch.size, batch)
-        self._layers: dict[tuple[int, tuple[int, ...], bool], StreamedLayer] = {}
+        self._layers: dict[tuple[int, _Fate], StreamedLayer] = {}
         self._plan = DropPlan(base=model.fingerprint, shape=model.shape)
         with torch.no_grad():
             embedded = [model.embed(self.text.tokens_NS[at].to(self.mesh.device)) for at in self._batches()]
@@ -93,11 +97,9 @@ class Evaluator:
         return states
 
     def _layer(self, plan: DropPlan, number: int) -> StreamedLayer:
-        feed = number not in plan.layers
-        key = (number, plan.kept(number), feed)
+        key = (number, _of(plan, number))
         if key not in self._layers:
-            share = (self.mesh.expert.rank, self.mesh.expert.size)
-            self._layers[key] = self.model.layer(number, key[1] or None, share, feed)
+            self._layers[key] = read_planned(self.model, number, plan, (self.mesh.expert.rank, self.mesh.expert.size))
         return self._layers[key]
 
     def _judge(self, h_NSD: Tensor) -> Quality:
@@ -122,6 +124,7 @@ class Evaluator:
         return Quality(loss / tokens, right / tokens, kl / tokens, int(tokens))
 
 
-def _of(plan: DropPlan, layer: int) -> tuple[bool, bool, tuple[int, ...]]:
+def _of(plan: DropPlan, layer: int) -> _Fate:
     """What `plan` makes of one layer."""
-    return layer in plan.blocks, layer in plan.layers, plan.kept(layer)
+    skipped = plan.experts.get(layer, ()) if plan.semantics == "skip" else ()
+    return layer in plan.blocks, layer in plan.layers, plan.kept(layer), skipped

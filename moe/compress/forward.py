@@ -27,7 +27,7 @@ from ..routing import Routing
 from .plan import DropPlan
 from .streamed import Choice, ExpertWeights, StreamedLayer, StreamedModel
 
-__all__ = ["Observer", "block_output", "moe_output", "run_layers"]
+__all__ = ["Observer", "block_output", "moe_output", "read_planned", "run_layers"]
 
 
 class Observer(Protocol):
@@ -122,7 +122,7 @@ def run_layers(
     pieces = torch.tensor([-(-h_BSD.size(0) // batch)], device=h_BSD.device)
     pieces = int(all_gather_rows(pieces, mesh.expert, "pieces", mesh.recorder).max())
     for done, number in enumerate(layers):
-        layer = _read(model, number, plan, (mesh.expert.rank, mesh.expert.size))
+        layer = read_planned(model, number, plan, (mesh.expert.rank, mesh.expert.size))
         for piece in range(pieces):
             # Beyond this rank's last sequence there is nothing to compute, but others' tokens come for its experts.
             part_BSD = h_BSD[piece * batch : (piece + 1) * batch]
@@ -131,8 +131,8 @@ def run_layers(
     return h_BSD
 
 
-def _read(model: StreamedModel, number: int, plan: DropPlan | None, share: tuple[int, int]) -> StreamedLayer:
-    """What `plan` leaves of the layer."""
+def read_planned(model: StreamedModel, number: int, plan: DropPlan | None, share: tuple[int, int]) -> StreamedLayer:
+    """Layer `number` as `plan`, which does not drop its block, leaves it. `share`: as for `StreamedModel.layer`."""
     if plan is None:
         return model.layer(number, share=share)
     if number in plan.layers:

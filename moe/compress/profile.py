@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ...parallel.mesh import Mesh, single
 from .calibration import Calibration
-from .forward import moe_output
+from .forward import moe_output, read_planned
 from .plan import DropPlan, Shape, fingerprint, shape_from
 from .residency import peak_of
 from .statistics import LayerSums
@@ -214,9 +214,7 @@ def _pass(
     for number in range(first, model.shape.layers):
         if plan is not None and number in plan.blocks:
             continue
-        kept = None if plan is None else plan.kept(number)
-        feed = plan is None or number not in plan.layers
-        layer = model.layer(number, kept, (mesh.expert.rank, mesh.expert.size), feed)
+        layer = read_planned(model, number, plan, (mesh.expert.rank, mesh.expert.size))
         sums = LayerSums(layer, mesh, config.window, config.hessians)
         stream.append(torch.empty_like(stream[-1]))
         for batch in batches:
