@@ -69,6 +69,15 @@ class Evaluator:
         return self._judge(self._run(plan, first, self._before[first])[-1])
 
     @torch.no_grad()
+    def quality_of(self, logits: Callable[[Tensor], Tensor]) -> Quality:
+        """Of any other model of the same vocabulary: token ids [B, S] -> scores of the next token [B, S, V]."""
+
+        def scores(at: slice, counts_BS: Tensor) -> Tensor:
+            return logits(self.text.tokens_NS[at].to(self.mesh.device))[:, :-1][counts_BS]
+
+        return self._compared(scores)
+
+    @torch.no_grad()
     def stand_at(self, plan: DropPlan) -> None:
         """Makes `plan` the one from which others are told apart: plans that are near it are judged faster."""
         first = self._first_difference(plan)
@@ -103,21 +112,24 @@ class Evaluator:
         return self._layers[key]
 
     def _judge(self, h_NSD: Tensor) -> Quality:
+        return self._compared(lambda at, counts_BS: self.model.logits(h_NSD[at][:, :-1][counts_BS]))
+
+    def _compared(self, logits: Callable[[slice, Tensor], Tensor]) -> Quality:
+        """`logits` gives the scores [T, V] of those tokens of a batch that have a next one."""
         sums = torch.zeros(4, dtype=torch.float64)
         for at in self._batches():
-            tokens_BS = self.text.tokens_NS[at].to(self.mesh.device)
             counts_BS = self.text.mask_NS[at][:, 1:].to(self.mesh.device)
-            targets_T = tokens_BS[:, 1:][counts_BS]
+            targets_T = self.text.tokens_NS[at].to(self.mesh.device)[:, 1:][counts_BS]
             if not len(targets_T):
                 continue
-            log_TV = self.model.logits(h_NSD[at][:, :-1][counts_BS]).float().log_softmax(-1)
+            log_TV = logits(at, counts_BS).float().log_softmax(-1)
             whole_TV = self.model.logits(self._dense_NSD[at][:, :-1][counts_BS]).float().log_softmax(-1)
             sums += torch.stack(
                 [
                     F.nll_loss(log_TV, targets_T, reduction="sum").double(),
                     (log_TV.argmax(-1) == targets_T).double().sum(),
                     F.kl_div(log_TV, whole_TV, reduction="none", log_target=True).double().sum(),
-                    torch.tensor(float(len(targets_T)), dtype=torch.float64),
+                    torch.tensor(float(len(targets_T)), dtype=torch.float64, device=log_TV.device),
                 ]
             ).cpu()
         loss, right, kl, tokens = all_reduce(sums, self.mesh.world, "quality", self.mesh.recorder).tolist()
