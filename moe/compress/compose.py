@@ -41,8 +41,8 @@ def compose(first: DropPlan, second: DropPlan) -> DropPlan:
             order[layer] = kept
     if removed and zeroed:
         raise ValueError(
-            f"semantics: experts of layer {min(removed)} go and those of layer {min(zeroed)} are skipped, which one plan "
-            "cannot say; use the same semantics in both, or apply one after the other"
+            f"semantics: experts of layer {min(removed)} go and those of layer {min(zeroed)} are skipped, which no one "
+            "plan can say; use the same semantics in both, or apply one after the other"
         )
     return DropPlan(
         base=first.base,

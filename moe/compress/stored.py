@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .places import family_of
-from .plan import Shape
+from .plan import Shape, shape_from
 from .shapes import shape_of_config
 
 __all__ = ["StockFolder", "StoredTensor", "compressed_text", "read_header", "read_stock"]
@@ -67,7 +67,7 @@ def read_stock(path: Path | str) -> StockFolder:
         try:
             if said["version"] != VERSION:
                 raise ValueError(f"version {said['version']} is unknown; this version of wastenot reads {VERSION}")
-            shape = _shape(said["shape"])
+            shape = shape_from(said["shape"])
             origin, plans = tuple(map(int, said["origin"])), tuple(map(str, said["plans"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path / COMPRESSED}: does not describe a compressed checkpoint ({error})") from error
@@ -127,16 +127,6 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if size != end:
         raise ValueError(f"{path}: has {size} bytes instead of {end}; fetch it again")
     return tensors
-
-
-def _shape(said: Mapping[str, Any]) -> Shape:
-    return Shape(
-        experts=tuple(map(int, said["experts"])),
-        dense=tuple(map(int, said["dense"])),
-        top_k=int(said["top_k"]),
-        groups=int(said["groups"]),
-        top_groups=int(said["top_groups"]),
-    )
 
 
 def _tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -47,26 +47,33 @@ _LATENT: dict[str, Any] = {
     "n_group": 2,
     "topk_group": 1,
 }
-CONFIGS: dict[str, PretrainedConfig] = {
-    "mixtral": MixtralConfig(**_SIZE, intermediate_size=8, num_local_experts=6),
-    "qwen2_moe": Qwen2MoeConfig(
-        **_SIZE,
-        intermediate_size=24,
-        moe_intermediate_size=8,
-        shared_expert_intermediate_size=8,
-        num_experts=6,
-        mlp_only_layers=[0],
+_FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "mixtral": (MixtralConfig, {"intermediate_size": 8, "num_local_experts": 6}),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        {
+            "intermediate_size": 24,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+            "num_experts": 6,
+            "mlp_only_layers": [0],
+        },
     ),
-    "qwen3_moe": Qwen3MoeConfig(**_SIZE, head_dim=8, intermediate_size=24, moe_intermediate_size=8, num_experts=6),
-    "olmoe": OlmoeConfig(**_SIZE, intermediate_size=8, num_experts=6),
-    "deepseek_v2": DeepseekV2Config(**_SIZE, **_LATENT, topk_method="group_limited_greedy"),
-    "deepseek_v3": DeepseekV3Config(**_SIZE, **_LATENT, num_mtp_layers=0),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {"head_dim": 8, "intermediate_size": 24, "moe_intermediate_size": 8, "num_experts": 6},
+    ),
+    "olmoe": (OlmoeConfig, {"intermediate_size": 8, "num_experts": 6}),
+    "deepseek_v2": (DeepseekV2Config, {**_LATENT, "topk_method": "group_limited_greedy"}),
+    "deepseek_v3": (DeepseekV3Config, {**_LATENT, "num_mtp_layers": 0}),
 }
+CONFIGS: dict[str, PretrainedConfig] = {family: kind(**_SIZE, **own) for family, (kind, own) in _FAMILIES.items()}
 
 
 def save_stock(family: str, folder: Path, *, max_shard_size: str = "5GB", **changes: Any) -> Path:
     """Saves a model of `family` with random weights, none of them zero or one, and returns `folder`."""
-    config = type(CONFIGS[family])(**(CONFIGS[family].to_dict() | changes))
+    kind, its_own = _FAMILIES[family]
+    config = kind(**(_SIZE | its_own | changes))
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
