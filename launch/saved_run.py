@@ -82,8 +82,8 @@ def refuse_quantized(checkpoint: Path, purpose: str) -> None:
     none."""
     if found := _quantized(read_manifest(checkpoint)):
         raise UserError(
-            f"{checkpoint} holds {len(found)} weights in few bits, which cannot {purpose} (among them {found[0]}); use the "
-            "checkpoint that they were made from"
+            f"{checkpoint} holds {len(found)} weights in few bits, which cannot {purpose} (among them {found[0]}); use "
+            "the checkpoint that they were made from"
         )
 
 
@@ -113,7 +113,7 @@ def blank_decoder(
 ) -> Decoder:
     """The model of `config` with memory for its weights and nothing in it yet: to be loaded.
 
-    quantized: tensors of a checkpoint some of whose weights are in few bits; ValueError where they are of another model.
+    quantized: tensors of a checkpoint, some of whose weights are in few bits; ValueError where they do not fit.
     """
     with torch.device("meta"):
         model = Decoder(config.model, router, mesh, backend=config.kernels)

@@ -180,9 +180,10 @@ def _linear_weights(model: Decoder) -> Iterable[tuple[str, Tensor]]:
 
 
 def _other(name: str) -> str:
-    """The other weight of the same experts."""
+    """The other weight of the same experts; of a linear layer the only one."""
+    swapped = {"gate_up": "down", "down": "gate_up"}
     prefix, _, own = name.rpartition(".")
-    return f"{prefix}.{dict(gate_up='down', down='gate_up').get(own, own)}"
+    return f"{prefix}.{swapped.get(own, own)}"
 
 
 def _replace(model: Decoder, weights: Mapping[str, QuantizedWeight]) -> None:
