@@ -8,7 +8,7 @@ Not here: the compensation of SparseGPT (sparsegpt.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from . import sparsegpt
 from .plan import Pattern, Slim
 
-__all__ = ["kept", "slim", "slim_experts"]
+__all__ = ["ExpertSums", "kept", "slim", "slim_experts"]
 
 
 def kept(scores: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
@@ -53,55 +53,68 @@ def slim(weight_OI: Tensor, how: Slim, sums: Tensor | None = None) -> Tensor:
     return torch.stack([sparsegpt.prune(weight, each, how) for weight, each in zip(weight_OI, sums, strict=True)])
 
 
-def slim_experts(
-    gate_up_e2FD: Tensor, down_eDF: Tensor, how: Slim, statistics: Mapping[str, Tensor] | None = None
-) -> tuple[Tensor, Tensor, list[int]]:
-    """The experts of one layer, slimmed, and those among them that saw too few tokens to be judged by these alone.
+class ExpertSums:
+    """What one layer's experts read, as sums over their tokens; those of starved experts moved towards their layer's.
 
-    statistics: of the layer's experts, sums over the tokens routed to each: `tokens_e`, for wanda `input_sq_eD` and
-        `hidden_sq_eF` (of what `down` reads), for sparsegpt `hessian_in_eDD` and `hessian_hidden_eFF`.
-    Deviation: hidden units of different experts have nothing in common, so that what stands in for the sums of a
-        starved expert's hidden units is the mean over units and experts, the same for all units.
-    Raises ValueError where statistics are missing or of other experts.
+    Deviation: hidden units of different experts have nothing in common, so that towards which the sums of a starved
+    expert's hidden units are moved is the mean over units and experts, the same for all units.
     """
-    if how.method == "magnitude":
-        return slim(gate_up_e2FD, how), slim(down_eDF, how), []
-    names = ("input_sq_eD", "hidden_sq_eF") if how.method == "wanda" else ("hessian_in_eDD", "hessian_hidden_eFF")
-    tokens_e, inputs, hidden = _statistics(statistics or {}, how, names, len(gate_up_e2FD))
-    tokens, total = [int(count) for count in tokens_e.tolist()], int(tokens_e.sum())
-    pooled = inputs.sum(0)
-    even = _even(hidden.sum(0))
-    gate_up, down, starved = torch.empty_like(gate_up_e2FD), torch.empty_like(down_eDF), []
-    for expert, count in enumerate(tokens):
-        sums, few_inputs = sparsegpt.shrunk(inputs[expert], count, pooled, total, inputs.size(-1))
-        hidden_sums, few_hidden = sparsegpt.shrunk(hidden[expert], count, even, total, hidden.size(-1))
+
+    def __init__(self, tokens_E: Tensor, input_of: Callable[[int], Tensor], hidden_of: Callable[[int], Tensor]) -> None:
+        """tokens_E: tokens that each expert got. input_of(e), hidden_of(e): its sums, of squares or of x x^T, of what
+        its gate and up read, and of what its down reads."""
+        self._tokens = [int(tokens) for tokens in tokens_E.tolist()]
+        self._read = {"input": input_of, "hidden": hidden_of}
+        self._pools: dict[str, Tensor] = {}
+
+    def __call__(self, expert: int, weight: str) -> Tensor:
+        """Sums, fp64, of what `weight` of `expert` reads: `down`, or any other."""
+        which = self._which(weight)
+        own, tokens = self._read[which](expert).double(), self._tokens[expert]
+        if not self._starves(tokens, own):
+            return own
+        total = sum(self._tokens)
         # Where no expert saw a token nothing tells inputs apart.
-        gate_up[expert] = slim(gate_up_e2FD[expert], how, sums if total else _even(torch.ones_like(sums)))
-        down[expert] = slim(down_eDF[expert], how, hidden_sums if total else _even(torch.ones_like(hidden_sums)))
-        if few_inputs or few_hidden:
-            starved.append(expert)
-    return gate_up, down, starved
+        return sparsegpt.shrunk(own, tokens, self._pool(which), total) if total else _even(own, 1.0)
+
+    def is_starved(self, expert: int, weight: str) -> bool:
+        """Whether it had too few tokens to be judged by these alone."""
+        return self._starves(self._tokens[expert], self._read[self._which(weight)](expert))
+
+    def _which(self, weight: str) -> str:
+        return "hidden" if weight == "down" else "input"
+
+    def _starves(self, tokens: int, sums: Tensor) -> bool:
+        return tokens < sparsegpt.ENOUGH * sums.size(-1)
+
+    def _pool(self, which: str) -> Tensor:
+        if which not in self._pools:
+            total = self._read[which](0).double()
+            for expert in range(1, len(self._tokens)):
+                total = total + self._read[which](expert).double()
+            mean = (total if total.dim() == 1 else total.diagonal()).mean().item()
+            self._pools[which] = _even(total, mean) if which == "hidden" else total
+        return self._pools[which]
+
+
+def slim_experts(
+    gate_up_e2FD: Tensor, down_eDF: Tensor, how: Slim, sums: ExpertSums | None = None
+) -> tuple[Tensor, Tensor]:
+    """The experts of one layer, slimmed. Raises ValueError where `how` needs `sums`."""
+
+    def slimmed(stack: Tensor, weight: str) -> Tensor:
+        needed = sums if how.method != "magnitude" else None
+        return torch.stack([slim(each, how, needed and needed(e, weight)) for e, each in enumerate(stack)])
+
+    return slimmed(gate_up_e2FD, "gate_up"), slimmed(down_eDF, "down")
 
 
 def _masked(weight: Tensor, scores: Tensor, how: Slim) -> Tensor:
     return weight.masked_fill(~kept(scores, how.pattern, how.sparsity), 0.0)
 
 
-def _statistics(
-    statistics: Mapping[str, Tensor], how: Slim, names: tuple[str, str], experts: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    found = []
-    for name in ("tokens_e", *names):
-        if name not in statistics:
-            raise ValueError(f"method: {how.method} needs {name} of the profile, which has none; profile again with it")
-        if len(statistics[name]) != experts:
-            raise ValueError(f"{name} is of {len(statistics[name])} experts, and this layer has {experts}")
-        found.append(statistics[name].double())
-    return found[0], found[1], found[2]
-
-
-def _even(sums: Tensor) -> Tensor:
-    """Every unit with the mean of all, none with another in common."""
+def _even(sums: Tensor, value: float) -> Tensor:
+    """Like `sums`, with `value` for every unit, none with another in common."""
     if sums.dim() == 1:
-        return torch.full_like(sums, sums.mean().item())
-    return torch.eye(len(sums), dtype=sums.dtype, device=sums.device) * sums.diagonal().mean()
+        return torch.full_like(sums, value, dtype=torch.float64)
+    return torch.eye(len(sums), dtype=torch.float64, device=sums.device) * value

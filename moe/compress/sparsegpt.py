@@ -68,16 +68,13 @@ def prune(weight_OI: Tensor, hessian_II: Tensor, how: Slim, block: int = BLOCK, 
     return sweep(weight_OI, hessian_II, _Pruning(how), block, damping)
 
 
-def shrunk(hessian: Tensor, tokens: int, pool: Tensor, pool_tokens: int, inputs: int) -> tuple[Tensor, bool]:
-    """Sums over the `tokens` of a starved expert, moved towards those of its layer; and whether it is starved.
+def shrunk(sums: Tensor, tokens: int, pool: Tensor, pool_tokens: int) -> Tensor:
+    """Sums over the N `tokens` of a starved expert, moved towards those of its layer.
 
-    With N tokens, fewer than `inputs`, the means become (N H + tau P) / (N + tau), H the expert's and P the layer's,
-    tau = `inputs` tokens (a guess). Sums of x x^T or of x^2 alike; those of an expert without tokens are its layer's.
+    The means become (N H + tau P) / (N + tau), H the expert's and P the layer's, tau as many tokens as there are
+    inputs (a guess), and sums again: over N + tau tokens. Of x x^T or of x^2 alike.
     """
-    if tokens >= ENOUGH * inputs:
-        return hessian, False
-    # Sums over N + tau tokens: `hessian` is N H already.
-    return hessian + pool * (inputs / max(pool_tokens, 1)), True
+    return sums + pool * (sums.size(-1) / pool_tokens)
 
 
 class _Pruning:
