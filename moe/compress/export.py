@@ -1,0 +1,283 @@
+"""What is left of a model as a checkpoint that stock models load: no remote code, nothing that would load wrongly.
+
+Block Drop renumbers. Layer Drop leaves a dense network of zeros where the family can say which layers are dense, as
+far as it can. Expert Drop needs as many experts in each layer. What a family cannot say is refused, with the nearest
+plan that it can.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..adapters.huggingface import CONFIG, INDEX, WEIGHTS
+from .export_config import STOCK, rewritten
+from .export_source import EXPORTED, Lazy, Source, check_source, is_feed_forward, parts_of, zeros
+from .reexpress import REEXPRESSED, as_qwen2_moe
+
+__all__ = ["Exported", "Loader", "export"]
+
+Loader = Literal["hf", "vllm"]
+
+_SHARD_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written."""
+
+    target: str
+    family: str
+    parameters: int
+    bytes: int
+    stubs: tuple[int, ...]
+    """Layers whose feed-forward network is a dense one of zeros."""
+    zeroed: tuple[int, ...]
+    """Layers that keep all experts, of zeros: right, and as large as before."""
+    width: int
+    """Hidden units of the stubs; 0 without any."""
+
+
+@dataclass(frozen=True)
+class _Route:
+    """How layers that only attend are written."""
+
+    source: Source
+    stubs: tuple[int, ...]
+    zeroed: tuple[int, ...]
+    width: int
+    """Of dense layers; 0: as the source says."""
+
+
+def export(
+    source: Source,
+    target: Path | str,
+    *,
+    loader: Loader = "hf",
+    allow_zeroed: bool = False,
+    stub_width: int = 128,
+    shard_bytes: int = _SHARD_BYTES,
+) -> Exported:
+    """Writes `source` to the folder `target`, which appears when it is complete.
+
+    allow_zeroed: write layers that the family cannot do without as experts of zeros; stub_width: hidden units of
+    dense networks of zeros, where the model leaves that free; shard_bytes: of one file, and held in memory.
+
+    Raises ValueError where nothing stock computes the model, tensors are missing, or `target` is not empty.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target}: exists; name a new folder, so that no old file stays among the new")
+    if stub_width < 1:
+        raise ValueError(f"stub_width: {stub_width} is too small; use 1 or more, for example 128")
+    _check_counts(source)
+    check_source(source)
+    route = _route(source, loader, allow_zeroed, stub_width)
+    partial = target.with_name(f".{target.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        done = _write(partial, route, source, shard_bytes)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return replace(done, target=str(target))
+
+
+def _write(folder: Path, route: _Route, source: Source, shard_bytes: int) -> Exported:
+    written = route.source
+    dense = {*written.shape.dense, *route.stubs}
+    config = rewritten(written.config, written.family, written.shape, written.origin, dense, route.width)
+    tensors = {**written.weights, **dict(_fillers(route))}
+    parameters, size = _write_shards(folder, tensors, shard_bytes)
+    done = Exported(
+        target=str(folder),
+        family=written.family,
+        parameters=parameters,
+        bytes=size,
+        stubs=route.stubs,
+        zeroed=route.zeroed,
+        width=_stub_width(route),
+    )
+    _write_json(folder / CONFIG, config)
+    about = {
+        "version": 1,
+        "from": source.family,
+        "shape": asdict(source.shape),
+        "origin": list(source.origin),
+        "plans": list(source.plans),
+        "stubs": list(route.stubs),
+        "zeroed": list(route.zeroed),
+    }
+    _write_json(folder / EXPORTED, about)
+    for path in source.companions:
+        shutil.copyfile(path, folder / path.name)
+    return done
+
+
+def _check_counts(source: Source) -> None:
+    """Raises ValueError unless all layers with experts have equally many, and a router that can choose among them."""
+    shape = source.shape
+    counts = [experts for experts in shape.experts if experts]
+    if len(set(counts)) > 1:
+        step = shape.groups
+        equal = max(shape.top_k, round(sum(counts) / len(counts)))
+        equal = -(-equal // step) * step
+        raise ValueError(
+            f"{source.where}: its layers have {min(counts)} to {max(counts)} experts, and stock models have one number "
+            f"for all; the nearest plan drops experts down to {equal} in each of the {len(counts)} layers"
+        )
+    if counts and source.family == "deepseek_v3" and counts[0] < 2 * shape.groups:
+        raise ValueError(
+            f"{source.where}: {counts[0]} experts in {shape.groups} groups, whose stock router adds up the best two of "
+            f"each; the nearest plan keeps {2 * shape.groups} in each layer"
+        )
+
+
+def _route(source: Source, loader: Loader, allow_zeroed: bool, stub_width: int) -> _Route:
+    alone = source.attend_only
+    width = min(stub_width, source.config.get("intermediate_size", stub_width))
+    if source.family == "deepseek" or (source.family in REEXPRESSED and alone):
+        source = as_qwen2_moe(source, width, biases=loader == "vllm")
+        if loader == "vllm":
+            _check_vllm(source)
+    kind = STOCK[source.family].dense
+    possible = _may_be_dense(source)
+    if wrong := sorted({*source.shape.dense} - possible):
+        raise ValueError(f"{source.where}: layers {wrong} are dense, which no {source.family} model can say")
+    stubs = tuple(layer for layer in alone if layer in possible)
+    zeroed = tuple(layer for layer in alone if layer not in possible)
+    if zeroed and not allow_zeroed:
+        raise ValueError(f"{source.where}: {_why_not(source, zeroed, kind)}")
+    if zeroed and not source.shape.moe_layers:
+        raise ValueError(
+            f"{source.where}: no layer has experts any more, of which a {source.family} model needs one; keep those of "
+            f"layer {zeroed[0]}"
+        )
+    return _Route(source, stubs, zeroed, width if stubs and not source.shape.dense else 0)
+
+
+def _may_be_dense(source: Source) -> set[int]:
+    """Layers without experts that the family can do without."""
+    without = [layer for layer, experts in enumerate(source.shape.experts) if not experts]
+    kind = STOCK[source.family].dense
+    if kind == "never":
+        return set()
+    return {layer for position, layer in enumerate(without) if kind == "listed" or layer == position}
+
+
+def _why_not(source: Source, zeroed: tuple[int, ...], kind: str) -> str:
+    origin = [source.origin[layer] for layer in zeroed]
+    zeros_instead = "or take --allow-zeroed, which is right but saves nothing"
+    if kind == "never":
+        return (
+            f"layers {origin} of the base have no experts, and a {source.family} model has some in every layer; the "
+            f"nearest plan drops these layers as whole blocks, {zeros_instead}"
+        )
+    first = [layer for layer in range(source.shape.layers) if source.shape.experts[layer] or layer in zeroed]
+    nearest = [source.origin[layer] for layer in first[: len(zeroed)]]
+    return (
+        f"layers {origin} of the base have no experts, and only the first layers of a {source.family} model can be "
+        f"without; the nearest plans drop the experts of layers {nearest}, or layers {origin} as whole blocks; "
+        f"{zeros_instead}"
+    )
+
+
+def _check_vllm(source: Source) -> None:
+    """Raises ValueError where vLLM's Qwen2-MoE reads less of config.json than transformers'."""
+    config = source.config
+    if "head_dim" in config:
+        raise ValueError(
+            f"{source.where}: heads of width {config['head_dim']}; as Qwen2-MoE vLLM takes hidden_size / "
+            f"num_attention_heads for it. Export for hf, or drop whole blocks"
+        )
+    if config["use_sliding_window"]:
+        raise ValueError(
+            f"{source.where}: sliding_window: {config['sliding_window']}; vLLM's Qwen2-MoE has none. Export for hf, or "
+            f"drop whole blocks"
+        )
+
+
+def _stub_width(route: _Route) -> int:
+    """Hidden units of stubs: those of the other dense layers, where there are any."""
+    if not route.stubs or route.width:
+        return route.width
+    block, layer = STOCK[route.source.family].block, route.source.shape.dense[0]
+    return route.source.weights[f"model.layers.{layer}.{block}.gate_proj.weight"].shape[0]
+
+
+def _fillers(route: _Route) -> Iterator[tuple[str, Lazy]]:
+    """What layers that only attend hold in stock models: a norm of ones, and networks of zeros."""
+    source, width = route.source, _stub_width(route)
+    norm = source.weights["model.norm.weight"]
+    dtype, (D,) = norm.read().dtype, norm.shape
+    ones = Lazy((D,), lambda: torch.ones(D, dtype=dtype))
+    block = STOCK[source.family].block
+    for layer in (*route.stubs, *route.zeroed):
+        yield f"model.layers.{layer}.post_attention_layernorm.weight", ones
+    for layer in route.stubs:
+        prefix = f"model.layers.{layer}.{block}"
+        yield f"{prefix}.gate_proj.weight", zeros((width, D), dtype)
+        yield f"{prefix}.up_proj.weight", zeros((width, D), dtype)
+        yield f"{prefix}.down_proj.weight", zeros((D, width), dtype)
+    if route.zeroed:
+        pattern = parts_of(source, source.shape.moe_layers[0])
+        for layer in route.zeroed:
+            for part, lazy in pattern.items():
+                if is_feed_forward(part, block) and part.startswith(f"{block}."):
+                    yield f"model.layers.{layer}.{part}", zeros(lazy.shape, dtype)
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, Lazy], shard_bytes: int) -> tuple[int, int]:
+    """Writes safetensors of up to `shard_bytes` (or one tensor), and their index; returns (elements, bytes)."""
+    parameters = size = held = 0
+    shard: dict[str, Tensor] = {}
+    shards: list[list[str]] = []
+
+    def flush() -> None:
+        save_file(shard, folder / f"{len(shards)}.partial", {"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name in sorted(tensors, key=_natural):
+        tensor = tensors[name].read()
+        num_bytes = tensor.numel() * tensor.element_size()
+        if shard and held + num_bytes > shard_bytes:
+            flush()
+            held = 0
+        shard[name] = tensor.contiguous()
+        held, size, parameters = held + num_bytes, size + num_bytes, parameters + tensor.numel()
+    flush()
+    names = [WEIGHTS] if len(shards) == 1 else list(_file_names(len(shards)))
+    for number, name in enumerate(names):
+        (folder / f"{number}.partial").rename(folder / name)
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    return parameters, size
+
+
+def _file_names(count: int) -> Iterable[str]:
+    return (f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts numbers in names as numbers."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,236 @@
+"""Whether stock transformers loads an export whole, and computes with it what the source does without what was dropped.
+
+Loading is done by a process of its own (`stock_forward.py`): a missing tensor is a warning there, and random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..adapters.huggingface import CONFIG, StoredWeights
+from . import stock_forward
+from .export_config import STOCK, base_shape, stock_family
+from .export_source import EXPORTED
+
+__all__ = ["TOLERANCE", "Verified", "verify"]
+
+TOLERANCE = 5e-6
+"""Largest difference of logits, as a part of the largest logit, between two implementations in fp32; between two
+models of the same one it is 0, unless the order or the number of experts changes how sums are rounded."""
+
+_BATCH, _LENGTH, _GENERATED = 2, 48, 4
+_LISTED = 4
+_NOTHING: dict[str, Any] = {"generate": 0, "blocks": [], "feeds": [], "experts": {}, "silent": {}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What was found. Without problems the export is as good as its source."""
+
+    folder: str
+    transformers: str = ""
+    parameters: int
+    bytes: int
+    base_parameters: int = 0
+    """0: not compared."""
+    base_bytes: int = 0
+    difference: float | None = None
+    """Largest difference of logits, as a part of the largest; None: not compared."""
+    allowed: float = 0.0
+    problems: tuple[str, ...] = field(default=())
+
+
+def verify(
+    folder: Path | str,
+    *,
+    against: Path | str | None = None,
+    logits_of: Callable[[Tensor], Tensor] | None = None,
+    python: str = sys.executable,
+) -> Verified:
+    """Loads the export at `folder` with the transformers of `python`, and compares.
+
+    against: the stock checkpoint that it was made from, or None; logits_of: what a model of ours computes for int64
+    tokens [B, S], instead. Raises ValueError where a folder is no checkpoint, or the two do not belong together.
+    """
+    folder = Path(folder)
+    config, weights = _opened(folder)
+    problems = _left_over(config, weights)
+    vocab, length = config["vocab_size"], min(_LENGTH, config.get("max_position_embeddings", _LENGTH) - _GENERATED)
+    # Fixed, and none twice in a row.
+    tokens_BS = ((torch.arange(_BATCH * length) * 7919 + 13) % 10007 % vocab).view(_BATCH, length)
+    orders: list[dict[str, Any]] = [{"folder": str(folder), "generate": _GENERATED}]
+    exact, result = False, {}
+    if against is not None:
+        base_config, base = _opened(Path(against))
+        bypass, exact = _bypass(base_config, base, config, weights, _about(folder))
+        orders.append({"folder": str(against), **bypass})
+        exact = exact and python == sys.executable
+        result = {"base_parameters": _elements(base), "base_bytes": _bytes(Path(against))}
+    answers = _answers(orders, tokens_BS, python)
+    found, logits = answers[0]
+    if logits is None:
+        return _verified(folder, weights, problems=(*problems, f"does not load: {found['error']}"))
+    for kind in ("missing", "unexpected", "mismatched", "errors", "not_finite"):
+        if names := found[kind]:
+            problems.append(f"{kind.replace('_', ' ')} ({len(names)}): {', '.join(names[:_LISTED])}")
+    if not found["generates"]:
+        problems.append("generates another text with a cache than without")
+    reference = None
+    if logits_of is not None:
+        reference = logits_of(tokens_BS).float()
+    elif against is not None:
+        told, reference = answers[1]
+        if reference is None:
+            raise ValueError(f"{against}: does not load: {told['error']}")
+    if reference is not None:
+        difference = float((logits - reference).abs().max() / reference.abs().max())
+        allowed = 0.0 if exact else TOLERANCE
+        if not difference <= allowed:
+            problems.append(f"logits differ by {difference:.1e} of the largest, and {allowed:.0e} is allowed")
+        result |= {"difference": difference, "allowed": allowed}
+    return _verified(folder, weights, transformers=found["transformers"], problems=tuple(problems), **result)
+
+
+def _verified(folder: Path, weights: StoredWeights, **more: Any) -> Verified:
+    return Verified(folder=str(folder), parameters=_elements(weights), bytes=_bytes(folder), **more)
+
+
+def _answers(
+    orders: list[dict[str, Any]], tokens_BS: Tensor, python: str
+) -> list[tuple[dict[str, Any], Tensor | None]]:
+    """What each model said of itself, and its logits; None and `error` where it did not load.
+
+    The first order is carried out by `python`, the others by this one's.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, order in enumerate(orders):
+            logits = Path(scratch) / f"{number}.safetensors"
+            order |= _NOTHING | order | {"tokens": tokens_BS.tolist(), "logits": str(logits)}
+        if python == sys.executable:
+            answers = ask(orders, python)
+        else:
+            answers = ask(orders[:1], python) + (ask(orders[1:], sys.executable) if orders[1:] else [])
+        return [
+            (answer, None if "error" in answer else load_file(order["logits"])["logits"].float())
+            for order, answer in zip(orders, answers, strict=True)
+        ]
+
+
+def ask(orders: list[dict[str, Any]], python: str) -> list[dict[str, Any]]:
+    """The answers of `stock_forward.py`, in a process of its own without a network."""
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # -I: neither this folder nor the user's packages; the script needs only what the interpreter has installed.
+    command = [python, "-I", stock_forward.__file__]
+    try:
+        done = subprocess.run(command, input=json.dumps(orders), capture_output=True, text=True, env=env, check=False)
+    except OSError as error:
+        raise ValueError(f"{python}: cannot be started ({error.strerror or error})") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ValueError(f"{python}: {lines[-1]}; it needs torch and transformers: pip install 'wastenot[hf]'")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _opened(folder: Path) -> tuple[dict[str, Any], StoredWeights]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: is no checkpoint that stock models load ({error})") from error
+    return config, StoredWeights(folder)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / EXPORTED).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: was not written by `wastenot compress export` ({error})") from error
+
+
+def _left_over(config: Mapping[str, Any], weights: StoredWeights) -> list[str]:
+    """Tensors of layers or experts that the model does not have: some loaders ignore them in silence."""
+    family = stock_family(config)
+    shape, block = base_shape(config, family), STOCK[family].block
+    left: list[str] = []
+    for name in weights:
+        match = re.match(r"model\.layers\.(\d+)\.", name)
+        expert = re.search(rf"\.{block}\.experts\.(\d+)\.", name)
+        layer = int(match[1]) if match else 0
+        if layer >= shape.layers or (expert and int(expert[1]) >= shape.experts[layer]):
+            left.append(name)
+    return [f"left over ({len(left)}): {', '.join(left[:_LISTED])}"] if left else []
+
+
+def _bypass(
+    base_config: Mapping[str, Any],
+    base: StoredWeights,
+    config: Mapping[str, Any],
+    weights: StoredWeights,
+    about: Mapping[str, Any],
+) -> tuple[dict[str, Any], bool]:
+    """What to leave out of the base model to make it what was exported, and whether sums are rounded alike.
+
+    Which experts stay is found by the rows of the routers: nothing that was written about them is trusted.
+    """
+    family, ours = stock_family(base_config), stock_family(config)
+    if family != about["from"]:
+        raise ValueError(f"{base.folder}: is a {family}, and the export was made from a {about['from']}")
+    shape, origin = base_shape(base_config, family), about["origin"]
+    kept, exact = base_shape(config, ours), True
+    bypass: dict[str, Any] = {
+        "blocks": sorted({*range(shape.layers)} - {*origin}),
+        "feeds": [origin[layer] for layer in (*about["stubs"], *about["zeroed"])],
+        "experts": {},
+        "silent": {},
+    }
+    for layer, old in enumerate(origin):
+        if old in bypass["feeds"] or not kept.experts[layer]:
+            continue
+        there, here = f"model.layers.{old}.{STOCK[family].block}", f"model.layers.{layer}.{STOCK[ours].block}"
+        experts = _matched(base[f"{there}.gate.weight"], weights[f"{here}.gate.weight"], base.folder, old)
+        if gone := sorted({*range(shape.experts[old])} - {*experts}):
+            bypass["experts"][old] = gone
+        exact = exact and experts == list(range(shape.experts[old]))
+        down, ours_down = STOCK[family].projections[2], STOCK[ours].projections[2]
+        silent = [
+            expert
+            for place, expert in enumerate(experts)
+            if not weights[f"{here}.experts.{place}.{ours_down}.weight"].any()
+            and base[f"{there}.experts.{expert}.{down}.weight"].any()
+        ]
+        if silent:
+            bypass["silent"][old] = silent
+    return bypass, exact
+
+
+def _matched(base_ED: Tensor, rows_eD: Tensor, where: Path, layer: int) -> list[int]:
+    """Which row of `base_ED` each of `rows_eD` is."""
+    known = {row.numpy().tobytes(): expert for expert, row in enumerate(base_ED.float())}
+    experts = [known.get(row.numpy().tobytes(), -1) for row in rows_eD.float()]
+    if -1 in experts or len(set(experts)) < len(experts):
+        raise ValueError(
+            f"{where}: the router of layer {layer} is not the one that was exported: trained since, or of another "
+            f"model. Compare with the checkpoint that was exported"
+        )
+    return experts
+
+
+def _elements(weights: StoredWeights) -> int:
+    return sum(prod(weights.shape(name)) for name in weights)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
