@@ -11,7 +11,7 @@ from .lynx_compare import Policy
 from .lynx_figures import Figures
 from .lynx_picture import COLOURS, lanes
 from .report.formats import brief, size
-from .report.markup import Html, element, figure, folded, join, legend
+from .report.markup import Html, figure, folded, join, legend, wide
 from .report.palette import LIGHT, run_line
 from .report.svg import FONT_POINTS, new_figure, plain_axes, to_svg
 
@@ -169,7 +169,7 @@ def memory_curves(policies: Sequence[Policy], budget: int) -> Html:
     return figure(
         f"Memory of the fullest rank over the step; dashed: the budget of {size(budget)}",
         legend(names, lines=True),
-        _wide(to_svg(drawing, "memory", " ".join(told))),
+        wide(to_svg(drawing, "memory", " ".join(told))),
     )
 
 
@@ -183,15 +183,10 @@ def timelines(policies: Sequence[Policy], unfolded: str) -> Html:
         seen |= there_is
         told = f"Timeline under {name}; a step takes {brief(simulation.seconds)}."
         summary = f"{name}: {brief(simulation.seconds)} a step"
-        parts.append(folded(summary, _wide(to_svg(drawing, f"timeline-{i}", told)), unfolded=name == unfolded))
+        parts.append(folded(summary, wide(to_svg(drawing, f"timeline-{i}", told)), unfolded=name == unfolded))
     drawn = {what: what.replace(" ", "-") for what in COLOURS if what in seen}
     return join([_boxes({**drawn, "idle": "idle"}), *parts])
 
 
 def _boxes(colours: Mapping[str, str]) -> Html:
     return legend((what, f"background:var(--{colour})") for what, colour in colours.items())
-
-
-def _wide(drawing: Html) -> Html:
-    """What scrolls by itself where the page is narrow."""
-    return element("div", drawing, class_="wide scroll", tabindex=0, role="group")

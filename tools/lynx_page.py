@@ -11,7 +11,7 @@ from .lynx_figures import Figures, layout_line, model_line
 from .lynx_terminal import POLICY_HEADINGS, in_words, policy_row, routing_in_words, stage_headings, stage_row
 from .report.document import document, mark_of
 from .report.formats import brief, count, percent, size
-from .report.markup import Html, element, join, table
+from .report.markup import Html, element, join, table, tile
 
 GENERATOR = "wastenot simulate"
 MARK = mark_of(GENERATOR)
@@ -33,7 +33,7 @@ def make_page(question: Question, policies: Sequence[Policy], origin: str) -> Ht
         element("h1", question.shape.name),
         element("p", model_line(question), class_="model"),
         element("p", layout_line(question, origin), class_="facts"),
-        element("dl", *(_tile(*tile) for tile in _tiles(question, policies, own)), class_="tiles"),
+        element("dl", *(tile(*each) for each in _tiles(question, policies, own)), class_="tiles"),
     )
     return document(f"{question.shape.name} – {GENERATOR}", GENERATOR, header, sections)
 
@@ -61,10 +61,6 @@ def _tiles(question: Question, policies: Sequence[Policy], own: Policy) -> list[
         ),
         ("peak memory", size(figures.peak), f"of {size(question.bytes)}, rank {figures.fullest}"),
     ]
-
-
-def _tile(title: str, value: str, note: str) -> Html:
-    return element("div", element("dt", title), element("dd", value), element("small", note))
 
 
 def _policies(question: Question, policies: Sequence[Policy]) -> Html:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 from .balance import load_lines, mean_figures, mean_load
 from .formats import count, decimals
 from .headline import Entry
+from .heat import expert_ticks, heat_image, layer_ticks
 from .markup import Html, element, figure, folded, join, table
 from .palette import LIGHT
 from .runs import Line, Run
-from .svg import FONT_POINTS, new_figure, plain_axes, step_axis, to_svg
+from .svg import new_figure, step_axis, to_svg
 
 MOST_ROWS = 128
 """Experts of all layers that still have a row each in a chart over the steps."""
@@ -76,7 +76,7 @@ def _over_steps(index: int, numbers: Sequence[int], lines: Sequence[Line]) -> Ht
     ]
     drawing = new_figure(5.0, min(4.6, max(2.2, 0.5 + 0.09 * len(grid))))
     axes = drawing.subplots()
-    _image(drawing, axes, grid, (*_span(lines), len(grid), 0))
+    heat_image(drawing, axes, grid, (*_span(lines), len(grid), 0))
     ends = list(accumulate(counts))
     for end in ends[:-1]:
         axes.axhline(end, color=LIGHT["ink"], linewidth=0.8)
@@ -94,8 +94,8 @@ def _busiest(index: int, numbers: Sequence[int], lines: Sequence[Line]) -> Html:
     drawing = new_figure(5.0, min(4.6, max(1.6, 0.6 + 0.075 * len(grid))))
     axes = drawing.subplots()
     most = max(2.0, math.ceil(max(map(max, grid))))
-    _image(drawing, axes, grid, (*_span(lines), len(grid), 0), most)
-    _layer_ticks(axes, numbers)
+    heat_image(drawing, axes, grid, (*_span(lines), len(grid), 0), most)
+    layer_ticks(axes, numbers)
     step_axis(axes)
     caption = "Load of each layer's busiest expert over the steps"
     return figure(caption, to_svg(drawing, f"load-{index}-busiest", f"{caption}: a row for each layer."))
@@ -107,11 +107,9 @@ def _at_the_end(index: int, numbers: Sequence[int], shares: Sequence[Sequence[fl
     grid = [[share * len(layer) for share in layer] + [math.nan] * (experts - len(layer)) for layer in shares]
     drawing = new_figure(5.0, min(4.6, max(1.6, 0.6 + (0.22 if len(grid) <= 12 else 0.075) * len(grid))))
     axes = drawing.subplots()
-    _image(drawing, axes, grid, (0, experts, len(grid), 0))
-    _layer_ticks(axes, numbers)
-    every = max(1, experts // 8)
-    axes.set_xticks([e + 0.5 for e in range(0, experts, every)], [str(e) for e in range(0, experts, every)])
-    axes.set_xlabel("expert")
+    heat_image(drawing, axes, grid, (0, experts, len(grid), 0))
+    layer_ticks(axes, numbers)
+    expert_ticks(axes, experts)
     if len(grid) * experts <= 64:
         for row, layer in enumerate(grid):
             for e, value in enumerate(layer):
@@ -133,28 +131,3 @@ def _span(lines: Sequence[Line]) -> tuple[int, int]:
     """Where the picture begins and ends: one line, too, has a width."""
     first = lines[0]["step"] - lines[0].get("ledger_steps", 1)
     return first, lines[-1]["step"]
-
-
-def _image(
-    drawing: Any, axes: Any, grid: Sequence[Sequence[float]], extent: tuple[float, ...], most: float = 2.0
-) -> None:
-    """Blue is below the even share, red above it, as far as `most`."""
-    from matplotlib.colors import TwoSlopeNorm
-
-    plain_axes(axes, grid=False)
-    axes.spines[["left", "bottom"]].set_visible(False)
-    norm = TwoSlopeNorm(1.0, 0.0, most)
-    image = axes.imshow(grid, aspect="auto", cmap="RdBu_r", norm=norm, extent=extent, interpolation="none")
-    over = any(value > most for row in grid for value in row)
-    bar = drawing.colorbar(image, ax=axes, shrink=0.9, aspect=24, pad=0.02, extend="max" if over else "neither")
-    bar.set_ticks([0, 0.5, 1, *([1.5, 2] if most == 2 else [most])])
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=LIGHT["faint"], labelsize=FONT_POINTS - 1, width=0.5, length=2)
-
-
-def _layer_ticks(axes: Any, numbers: Sequence[int]) -> None:
-    every = max(1, math.ceil(len(numbers) / 16))
-    axes.set_yticks(
-        [row + 0.5 for row in range(0, len(numbers), every)],
-        [f"layer {number}" if row == 0 else str(number) for row, number in enumerate(numbers)][::every],
-    )

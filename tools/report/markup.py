@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from .formats import NONE
+
 
 class Html(str):
     """Text that is markup already."""
@@ -50,6 +52,21 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, label: s
     inside = element("table", element("thead", head), element("tbody", join(body)))
     # The keyboard must reach what scrolls.
     return element("div", inside, class_="scroll", tabindex=0, role="region", aria_label=label)
+
+
+def tile(title: str, value: str, note: str) -> Html:
+    """One of the figures at the head of a page; `note` says what it is a part of or stands beside."""
+    return element(
+        "div",
+        element("dt", title),
+        element("dd", value, class_="none" if value == NONE else None),
+        element("small", note),
+    )
+
+
+def wide(drawing: Html) -> Html:
+    """A drawing that scrolls where the page is narrower than it can be read."""
+    return element("div", drawing, class_="wide scroll", tabindex=0, role="group")
 
 
 def legend(entries: Iterable[tuple[str, str]], *, lines: bool = False) -> Html:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .formats import NONE, count, decimals, duration, percent, short, size
+from .formats import count, decimals, duration, percent, short, size
 from .headline import Entry, Headline
-from .markup import Html, element, join, table
+from .markup import Html, element, join, table, tile
 from .palette import run_line
 from .runs import Run
 
@@ -16,7 +16,7 @@ def overview(entries: Sequence[Entry]) -> Html:
     several = len(entries) > 1
     cards = [_card(i, entry, several=several) for i, entry in enumerate(entries)]
     if not several:
-        tiles = element("dl", *(_tile(*figure) for figure in figures(entries[0].headline)), class_="tiles")
+        tiles = element("dl", *(tile(*figure) for figure in figures(entries[0].headline)), class_="tiles")
         return join([*cards, tiles])
     titles = [title for title, _, _ in figures(entries[0].headline)]
     rows = [[entry.run.name, *(value for _, value, _ in figures(entry.headline))] for entry in entries]
@@ -109,12 +109,3 @@ def _facts(run: Run, headline: Headline) -> str:
         parts.append(f"{len(run.starts)} sessions")
     parts.append(f"last written {run.written:%Y-%m-%d %H:%M} UTC")
     return " · ".join(parts)
-
-
-def _tile(title: str, value: str, note: str) -> Html:
-    return element(
-        "div",
-        element("dt", title),
-        element("dd", value, class_="none" if value == NONE else None),
-        element("small", note),
-    )

@@ -110,8 +110,8 @@ def read_run(path: Path, name: str) -> Run:
         lines=[line for line in metrics if "loss" in line],
         evaluations=[line for line in metrics if "val_loss" in line],
         starts=[line for line in metrics if line.get("event") == "start"],
-        summary=_json(folder.summary),
-        ledger=_json(folder.ledger),
+        summary=read_object(folder.summary),
+        ledger=read_object(folder.ledger),
         written=datetime.fromtimestamp(newest.stat().st_mtime, UTC),
     )
 
@@ -139,14 +139,8 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _parsed(config: Mapping[str, Any]) -> TrainConfig | None:
-    try:
-        return parse_config(config, "config.yaml")
-    except UserError:
-        return None
-
-
-def _json(path: Path) -> Mapping[str, Any]:
+def read_object(path: Path) -> Mapping[str, Any]:
+    """The JSON object in the file at `path`, empty where there is none; UserError where that holds anything else."""
     if not path.exists():
         return {}
     try:
@@ -156,6 +150,13 @@ def _json(path: Path) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise UserError(f"{path}: not a JSON object; remove it to have a report without it")
     return value
+
+
+def _parsed(config: Mapping[str, Any]) -> TrainConfig | None:
+    try:
+        return parse_config(config, "config.yaml")
+    except UserError:
+        return None
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
