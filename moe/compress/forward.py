@@ -2,6 +2,7 @@
 
     moe_output    tokens and their routers' choice -> what experts and shared experts make of them
     block_output  the residual stream before a layer -> after its attention, and after all of it
+    read_planned  a layer as a plan leaves it
     run_layers    token ids -> the residual stream after the last layer, under a plan that nobody applied
 
 Dropless. Every rank of the expert axis makes the same calls and so the same collectives, whatever it has to send.

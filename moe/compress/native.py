@@ -16,16 +16,16 @@ from ...parallel.chunks import read_tensor
 from ...parallel.manifest import check_complete, read_manifest, some
 from ..attention import Attention, rotary_table
 from ..config import ModelConfig, RectifyConfig, RouterConfig
-from ..config_size import count_layer
 from ..feedforward import SwiGLU
 from ..norm import RMSNorm
 from ..router import TopKRouter
 from .fingerprint import run_fingerprint
-from .plan import Shape
-from .reading import chosen_experts, most_choices, share_of
+from .places import NATIVE, place_of
+from .reading import chosen_experts, most_choices, share_of, size_of
+from .shapes import shape_of_model
 from .streamed import Choice, ExpertWeights, LayerSize
 
-__all__ = ["NativeLayer", "NativeModel", "native_shape"]
+__all__ = ["NativeLayer", "NativeModel"]
 
 _MODEL = "model."
 _GATE_UP, _DOWN = "ffn.experts.gate_up", "ffn.experts.down"
@@ -87,7 +87,7 @@ class NativeLayer:
 
 
 class NativeModel:
-    """See `StreamedModel`; a checkpoint folder of `parallel.checkpoint`, whatever layout of ranks wrote it."""
+    """See `StreamedModel`; a checkpoint in the folder of a run, whatever layout of ranks wrote it."""
 
     def __init__(
         self, config: ModelConfig, router: RouterConfig, checkpoint: Path | str, device: torch.device | str = "cpu"
@@ -101,15 +101,13 @@ class NativeModel:
         self.config, self.path, self.device = config, Path(checkpoint), torch.device(device)
         self._router, self._manifest = router, read_manifest(self.path)
         check_complete(self.path, self._manifest)
-        self.shape = native_shape(config, router)
+        self.shape = shape_of_model(config, router)
         self.d_model, self.vocab_size = config.d_model, config.vocab_size
         self._check()
 
     def _check(self) -> None:
         """Raises ValueError unless the checkpoint holds the tensors of the model, all of them and no others."""
-        wanted = {"embedding.weight": (self.vocab_size, self.d_model), "norm.weight": (self.d_model,)}
-        if not self.config.tie_embeddings:
-            wanted["head.weight"] = (self.vocab_size, self.d_model)
+        wanted = dict(self._outside)
         for number in range(self.shape.layers):
             wanted |= self._shapes(number)
         found = {
@@ -133,7 +131,7 @@ class NativeModel:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return run_fingerprint(self.path, self.path.parent.parent)
+        return run_fingerprint(self.path, self.path.parents[1])
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """See `StreamedModel`. The embedding stays in memory once it has been asked for."""
@@ -178,7 +176,7 @@ class NativeModel:
     @property
     def outside_size(self) -> int:
         """See `StreamedModel`."""
-        return self.d_model * (self.vocab_size * (1 if self.config.tie_embeddings else 2) + 1)
+        return sum(torch.Size(shape).numel() for shape in self._outside.values())
 
     @property
     def element_bytes(self) -> int:
@@ -187,14 +185,16 @@ class NativeModel:
 
     def size(self, number: int) -> LayerSize:
         """See `StreamedModel`."""
-        config, experts, moe = self.config, self.shape.experts[number], self.config.moe
-        whole = count_layer(config, self._router, number)["total"]
-        expert, width = 0, config.dense_width if number in self.shape.dense else 0
-        if experts and moe is not None:
-            expert, width = 3 * self.d_model * moe.d_expert + self.d_model, moe.d_expert
-        attention = sum(tensor.numel() for tensor in self._parts(number, 0, feed=False).parameters())
-        feed = whole - attention - experts * expert
-        return LayerSize(attention=attention, feed=feed, expert=expert, num_experts=experts, hidden=width)
+        shapes = self._shapes(number).items()
+        places = {place_of(_MODEL + name, NATIVE, self.shape.layers): shape for name, shape in shapes}
+        return size_of(places, self.shape.experts[number])
+
+    @property
+    def _outside(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors outside the layers."""
+        matrix = self.vocab_size, self.d_model
+        head = {} if self.config.tie_embeddings else {"head.weight": matrix}
+        return {"embedding.weight": matrix, "norm.weight": (self.d_model,), **head}
 
     def _shapes(self, number: int) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of the layer's tensors."""
@@ -224,15 +224,3 @@ class NativeModel:
 
     def _read(self, name: str, experts: Sequence[int] | None = None) -> Tensor:
         return read_tensor(self.path, self._manifest, _MODEL + name, experts).to(self.device, torch.float32)
-
-
-def native_shape(config: ModelConfig, router: RouterConfig) -> Shape:
-    """What a plan can cut of a model of ours."""
-    layers = range(config.layers)
-    return Shape(
-        experts=tuple(config.num_experts(layer) for layer in layers),
-        dense=tuple(layer for layer in layers if config.is_dense(layer)),
-        top_k=router.top_k,
-        groups=router.groups,
-        top_groups=router.top_groups,
-    )

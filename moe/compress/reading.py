@@ -1,14 +1,18 @@
-"""Which experts of a layer are read, and what that leaves its router to choose."""
+"""What of a layer is read, whoever stored it: which experts, for how many choices, and how large it is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from ...parallel.expert import local_experts
 from ...parallel.mesh import Axis
+from .places import Place
 from .plan import Shape
+from .streamed import LayerSize
 
-__all__ = ["chosen_experts", "most_choices", "share_of"]
+__all__ = ["chosen_experts", "most_choices", "share_of", "size_of"]
 
 
 def chosen_experts(
@@ -49,3 +53,22 @@ def share_of(chosen: Sequence[int], share: tuple[int, int]) -> Sequence[int]:
 def most_choices(experts: int, shape: Shape) -> int:
     """How many of `experts` a token can use; a router that is to choose more would fail, or choose one twice."""
     return experts // shape.groups * shape.top_groups
+
+
+def size_of(tensors: Mapping[Place, Sequence[int]], experts: int) -> LayerSize:
+    """Of a layer with so many experts, from the shapes of its tensors."""
+    elements: Counter[str] = Counter()
+    hidden = 0
+    for place, shape in tensors.items():
+        elements[place.part] += math.prod(shape)
+        if place.weight == "down" and place.part in ("expert", "experts", "dense"):
+            hidden = shape[-1]
+    routed = elements["expert"] + elements["experts"] + elements["router"] + elements["router_bias"]
+    feed = elements["norm"] + elements["shared"] + elements["dense"]
+    return LayerSize(
+        attention=elements["attention"],
+        feed=feed,
+        expert=routed // max(1, experts),
+        num_experts=experts,
+        hidden=hidden,
+    )

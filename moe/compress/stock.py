@@ -8,7 +8,6 @@ one layer and filled with that layer's tensors; the experts are stacks of ours. 
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,22 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...parallel.manifest import some
-from ..adapters.huggingface import CONFIG, StoredWeights
-from .families import FAMILIES, Family, shape_of
-from .fingerprint import checkpoint_fingerprint
-from .places import Place, name_of, place_of
-from .plan import Shape, shape_from
-from .reading import chosen_experts, most_choices, share_of
+from ..adapters.huggingface import StoredWeights
+from .families import MODULES, FamilyModules
+from .fingerprint import stock_fingerprint
+from .places import Place, name_of, places_of
+from .reading import chosen_experts, most_choices, share_of, size_of
+from .shapes import shape_of_config
+from .stored import StockFolder, read_stock
 from .streamed import Choice, ExpertWeights, LayerSize
 
-__all__ = ["APPLIED", "BASE_CONFIG", "StockLayer", "StockModel"]
+__all__ = ["StockLayer", "StockModel"]
 
-BASE_CONFIG, APPLIED = "base_config.json", "compressed.json"
-"""What an applied folder has in place of config.json: the source's, and what became of it."""
-
-_VERSION = 1
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-
 _Around = Callable[[Tensor], tuple[Tensor | None, Any]]
 
 
@@ -50,7 +45,7 @@ class StockLayer:
     experts: ExpertWeights | None
     _module: Any
     """The decoder layer of transformers, without its experts."""
-    _family: Family
+    _family: FamilyModules
     _around: _Around
     """Tokens [B, S, D] -> their mask and rotary table."""
 
@@ -100,38 +95,24 @@ class StockModel:
         """Raises ValueError where `folder` is no checkpoint of a known family, is not whole, or is stored quantized;
         ImportError where transformers is missing."""
         self.folder, self.device = Path(folder), torch.device(device)
-        applied = self.folder / APPLIED
-        self._plain = _read_json(self.folder / (BASE_CONFIG if applied.is_file() else CONFIG))
-        self._applied = _read_json(applied) if applied.is_file() else None
-        self.family = _family(self._plain, self.folder)
-        self._kind = str(self._plain["model_type"])
-        self.config, self._classes = _in_transformers(self._plain, self.family)
-        self._base = shape_of(self.config, self.family)
-        self.shape, self.origin = _applied(self._applied, self._base, applied)
+        self._stock = read_stock(self.folder)
+        self.shape, self.family = self._stock.shape, self._stock.family
+        self._modules = MODULES[self.family]
+        _check_config(self._stock)
+        self.config, self._classes = _in_transformers(self._stock.config, self.family)
         self.d_model, self.vocab_size = int(self.config.hidden_size), int(self.config.vocab_size)
         self._rotary = self._class("RotaryEmbedding")(config=self.config).to(self.device)
+        self._places = places_of(self._stock.tensors, self.family, self.shape.layers)
         self._stored = StoredWeights(self.folder)
-        self._check_outside()
+        if missing := sorted({_EMBEDDING, _NORM, self._head} - self._stored.keys()):
+            raise ValueError(f"{self.folder}: misses {some(missing)}")
+
+    @property
+    def _head(self) -> str:
+        return _EMBEDDING if self.config.tie_word_embeddings else _HEAD
 
     def _class(self, name: str) -> Any:
-        return getattr(self._classes, self.family.classes + name)
-
-    def _check_outside(self) -> None:
-        """Raises ValueError where tensors outside the layers are missing, or there are others."""
-        outside = {_EMBEDDING, _NORM} | (set() if self.config.tie_word_embeddings else {_HEAD})
-        # What predicts further tokens stands behind the last layer, and is no part of this model.
-        more = int(getattr(self.config, "num_nextn_predict_layers", 0) or 0)
-        base = len(self._base.experts)
-        for name in self._stored:
-            number = re.match(r"model\.layers\.(\d+)\.", name)
-            layer = int(number[1]) if number else -1
-            if (0 <= layer < self.shape.layers) or (self._applied is None and base <= layer < base + more):
-                continue
-            # Tied weights may be stored twice.
-            if name not in outside and not (name == _HEAD and self.config.tie_word_embeddings):
-                raise ValueError(f"{self.folder}: {name} is no tensor of this {self.config.model_type} model")
-        if missing := sorted(outside - self._stored.keys()):
-            raise ValueError(f"{self.folder}: misses {some(missing)}")
+        return getattr(self._classes, self._modules.classes + name)
 
     @property
     def fingerprint(self) -> str:
@@ -140,7 +121,7 @@ class StockModel:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return checkpoint_fingerprint(self.folder)
+        return stock_fingerprint(self._stock)
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """See `StreamedModel`."""
@@ -156,15 +137,14 @@ class StockModel:
         with torch.device("meta"):
             norm = self._class("RMSNorm")(self.d_model, eps=self.config.rms_norm_eps)
         norm.load_state_dict({"weight": self._read(_NORM)}, assign=True)
-        name = _EMBEDDING if self.config.tie_word_embeddings else _HEAD
-        return norm.requires_grad_(False), self._read(name)
+        return norm.requires_grad_(False), self._read(self._head)
 
     def layer(
         self, number: int, kept: Sequence[int] | None = None, share: tuple[int, int] = (0, 1), feed: bool = True
     ) -> StockLayer:
         """See `StreamedModel`."""
         experts = self.shape.experts[number] if feed else 0
-        chosen = chosen_experts(number, kept if feed else None, experts, self.shape, self.family.smallest_group)
+        chosen = chosen_experts(number, kept if feed else None, experts, self.shape, self._modules.smallest_group)
         self._check_layer(number)
         is_dense = feed and number in self.shape.dense
         module = self._module(number, len(chosen), experts > 0 or is_dense)
@@ -176,56 +156,51 @@ class StockModel:
             if tensor.shape != wanted.shape:
                 raise ValueError(
                     f"{self.folder}: {self._on_disk(number, name)} {list(tensor.shape)} is not the "
-                    f"{list(wanted.shape)} that {CONFIG} asks for"
+                    f"{list(wanted.shape)} that its configuration asks for"
                 )
             tensors[name] = tensor
         module.load_state_dict(tensors, assign=True)
         stacks = self._experts(number, share_of(chosen, share)) if chosen else None
         module.requires_grad_(False).eval()
-        return StockLayer(len(chosen), is_dense, stacks, module, self.family, self._around(number))
+        return StockLayer(len(chosen), is_dense, stacks, module, self._modules, self._around(number))
 
     @property
     def outside_size(self) -> int:
         """See `StreamedModel`."""
-        return sum(self._elements(name) for name in self._stored if place_of(name, self._kind, 10**9).part == "outside")
+        return sum(
+            torch.Size(self._stock.tensors[name].shape).numel()
+            for name, place in self._places.items()
+            if place.part == "outside"
+        )
 
     @property
     def element_bytes(self) -> int:
         """See `StreamedModel`."""
-        return self._stored.dtype_bytes(_EMBEDDING)
+        embedding = self._stock.tensors[_EMBEDDING]
+        return embedding.length // torch.Size(embedding.shape).numel()
 
     def size(self, number: int) -> LayerSize:
         """See `StreamedModel`."""
-        parts = {"attention": 0, "feed": 0, "experts": 0, "router": 0}
-        layers = self.shape.layers
-        prefix = f"model.layers.{number}."
-        for name in self._stored:
-            if name.startswith(prefix):
-                part = place_of(name, self._kind, layers).part
-                kind = {"attention": "attention", "expert": "experts", "router": "router", "router_bias": "router"}
-                parts[kind.get(part, "feed")] += self._elements(name)
-        experts = self.shape.experts[number]
-        width = 0
-        if experts or number in self.shape.dense:
-            down = Place(number, "expert" if experts else "dense", "down", 0 if experts else None)
-            width = self._stored.shape(name_of(down, self._kind))[1]
-        per_expert = (parts["experts"] + parts["router"]) // max(1, experts)
-        return LayerSize(
-            attention=parts["attention"], feed=parts["feed"], expert=per_expert, num_experts=experts, hidden=width
-        )
+        shapes = {place: self._stock.tensors[name].shape for name, place in self._inside(number).items()}
+        return size_of(shapes, self.shape.experts[number])
 
-    def _elements(self, name: str) -> int:
-        return torch.Size(self._stored.shape(name)).numel()
+    def _inside(self, number: int) -> dict[str, Place]:
+        """The layer's tensors. Old checkpoints have one more, a table that follows from the configuration."""
+        return {
+            name: place
+            for name, place in self._places.items()
+            if place.layer == number and place.part != "next_n" and place.weight != "inv_freq"
+        }
 
     def _module(self, number: int, num_experts: int, has_feed: bool) -> nn.Module:
         """The layer in transformers' class, on meta, without experts; where nothing follows attention, that alone."""
         config = copy.deepcopy(self.config)
         if num_experts:
-            setattr(config, self.family.num_experts, num_experts)
+            setattr(config, self._modules.num_experts, num_experts)
             # A router of fewer experts than it is to choose would fail, or choose one twice.
             config.num_experts_per_tok = min(self.shape.top_k, most_choices(num_experts, self.shape))
         with torch.device("meta"):
-            module = self._class("DecoderLayer")(config, self.origin[number])
+            module = self._class("DecoderLayer")(config, self._stock.origin[number])
         if not has_feed:
             del module.mlp, module.post_attention_layernorm
         elif num_experts:
@@ -233,19 +208,20 @@ class StockModel:
         return module
 
     def _on_disk(self, number: int, name: str) -> str:
-        feed = re.sub(r"^mlp\.", f"{self.family.feed}.", name)
-        return f"model.layers.{number}.{feed}"
+        """Of a tensor of the module."""
+        return f"model.layers.{number}." + re.sub(r"^mlp\.", f"{self._modules.feed_on_disk}.", name)
+
+    def _expert_name(self, number: int, expert: int, part: str) -> str:
+        return name_of(Place(number, "expert", part, expert), self.family)
 
     def _check_layer(self, number: int) -> None:
         """Raises ValueError unless the layer's tensors are there, all of them and no others."""
-        experts, family = self.shape.experts[number], self.family
+        experts = self.shape.experts[number]
         module = self._module(number, experts, experts > 0 or number in self.shape.dense)
         wanted = {self._on_disk(number, name) for name in module.state_dict()}
-        for part in (family.gate, family.up, family.down):
-            wanted |= {family.expert(number, expert, part) for expert in range(experts)}
-        prefix = f"model.layers.{number}."
-        # Old checkpoints keep a table that follows from the configuration.
-        found = {n for n in self._stored if n.startswith(prefix) and not n.endswith("rotary_emb.inv_freq")}
+        for part in ("gate", "up", "down"):
+            wanted |= {self._expert_name(number, expert, part) for expert in range(experts)}
+        found = self._inside(number).keys()
         problems = {"misses": sorted(wanted - found), "has, and should not,": sorted(found - wanted)}
         said = "; ".join(f"{what} {some(names)}" for what, names in problems.items() if names)
         if said:
@@ -253,17 +229,12 @@ class StockModel:
 
     def _experts(self, number: int, chosen: Sequence[int]) -> ExpertWeights:
         """Their stacks, read expert by expert."""
-        family = self.family
-        F_, D = self._stored.shape(family.expert(number, chosen[0], family.gate))
-        gate_up = torch.empty(len(chosen), 2 * F_, D)
-        down = torch.empty(len(chosen), D, F_)
+        F_, D = self._stock.tensors[self._expert_name(number, chosen[0], "gate")].shape
+        gate_up, down = torch.empty(len(chosen), 2 * F_, D), torch.empty(len(chosen), D, F_)
         for place, expert in enumerate(chosen):
-            for part, into in (
-                (family.gate, gate_up[place, :F_]),
-                (family.up, gate_up[place, F_:]),
-                (family.down, down[place]),
-            ):
-                name = family.expert(number, expert, part)
+            parts = {"gate": gate_up[place, :F_], "up": gate_up[place, F_:], "down": down[place]}
+            for part, into in parts.items():
+                name = self._expert_name(number, expert, part)
                 stored = self._stored[name]
                 if stored.shape != into.shape:
                     raise ValueError(f"{self.folder}: {name} is {list(stored.shape)}, not {list(into.shape)}")
@@ -278,10 +249,11 @@ class StockModel:
         """Of the layer: tokens [B, S, D] -> their mask and rotary table."""
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-        config, sees = self.config, self.family.sees
-        slides = (sees == "types" and config.layer_types[self.origin[number]] == "sliding_attention") or (
-            sees == "window" and config.sliding_window is not None
-        )
+        config, sees = self.config, self._modules.sees
+        if sees == "types":
+            slides = config.layer_types[self._stock.origin[number]] == "sliding_attention"
+        else:
+            slides = sees == "window" and config.sliding_window is not None
         mask_of = create_sliding_window_causal_mask if slides else create_causal_mask
 
         def around(h_BSD: Tensor) -> tuple[Tensor | None, Any]:
@@ -298,59 +270,31 @@ class StockModel:
         return around
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent}: has no {path.name}; give a folder of a Hugging Face checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: is no mapping")
-    return value
-
-
-def _family(config: Mapping[str, Any], folder: Path) -> Family:
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"{folder}: model_type {kind!r} is no family known here; use one of {', '.join(FAMILIES)}")
+def _check_config(stock: StockFolder) -> None:
+    """Raises ValueError where the configuration asks for what is not computed here, or the layers are not its own."""
+    config, file = stock.config, stock.config_file
     if config.get("quantization_config") is not None:
-        raise ValueError(f"{folder}: stores quantized weights (quantization_config); give it in bf16 or fp32")
+        raise ValueError(f"{file}: quantization_config: stores quantized weights; give the model in bf16 or fp32")
     if config.get("per_layer_config"):
-        raise ValueError(f"{folder}: per_layer_config makes layers differ, which transformers ignores; remove it")
+        raise ValueError(f"{file}: per_layer_config: makes layers differ, which transformers ignores; remove it")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"{folder}: hidden_act {config['hidden_act']!r} is not the 'silu' of SwiGLU experts")
-    return FAMILIES[kind]
-
-
-def _in_transformers(config: Mapping[str, Any], family: Family) -> tuple[Any, Any]:
-    """The configuration in the family's class, and the module with the others."""
-    kind = config["model_type"]
-    try:
-        classes = import_module(f"transformers.models.{kind}.modeling_{kind}")
-        configs = import_module(f"transformers.models.{kind}.configuration_{kind}")
-    except ImportError as error:
-        raise ImportError(f"{kind} checkpoints need transformers 5; pip install 'wastenot[hf]'") from error
-    made = getattr(configs, f"{family.classes}Config").from_dict(dict(config))
-    made._attn_implementation = "sdpa"
-    return made, classes
-
-
-def _applied(applied: Mapping[str, Any] | None, base: Shape, path: Path) -> tuple[Shape, tuple[int, ...]]:
-    """Shape and original layer numbers, of a stock folder (None) or an applied one."""
-    if applied is None:
-        return base, tuple(range(base.layers))
-    if applied.get("version") != _VERSION:
-        raise ValueError(f"{path}: version {applied.get('version')} is unknown; this version reads {_VERSION}")
-    try:
-        shape = shape_from(applied["shape"])
-        origin = tuple(int(layer) for layer in applied["origin"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: does not say what was applied ({error!r})") from error
-    fits = len(origin) == shape.layers and all(0 <= layer < base.layers for layer in origin)
-    for layer, source in enumerate(origin if fits else ()):
+        raise ValueError(f"{file}: hidden_act: {config['hidden_act']!r} is not the 'silu' of SwiGLU experts")
+    base, shape = shape_of_config(config), stock.shape
+    fits = len(stock.origin) == shape.layers and all(0 <= layer < base.layers for layer in stock.origin)
+    for layer, source in enumerate(stock.origin if fits else ()):
         fits = fits and 0 <= shape.experts[layer] <= base.experts[source]
         fits = fits and (layer not in shape.dense or source in base.dense)
     if not fits:
-        raise ValueError(f"{path}: has layers or experts that {BASE_CONFIG} has not")
-    return shape, origin
+        raise ValueError(f"{stock.path}: its layers or experts are not some of those in {file.name}")
+
+
+def _in_transformers(config: Mapping[str, Any], family: str) -> tuple[Any, Any]:
+    """The configuration in the family's class, and the module with the others."""
+    try:
+        classes = import_module(f"transformers.models.{family}.modeling_{family}")
+        configs = import_module(f"transformers.models.{family}.configuration_{family}")
+    except ImportError as error:
+        raise ImportError(f"{family} checkpoints need transformers 5; pip install 'wastenot[hf]'") from error
+    made = getattr(configs, f"{MODULES[family].classes}Config").from_dict(dict(config))
+    made._attn_implementation = "sdpa"
+    return made, classes

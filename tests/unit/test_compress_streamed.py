@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,20 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from wastenot.launch.compressed_run import apply_plan
 from wastenot.launch.config import DataConfig, LogConfig, TrainConfig
 from wastenot.launch.errors import UserError
 from wastenot.launch.saved_run import open_run, write_run
 from wastenot.launch.streamed import open_streamed
 from wastenot.launch.tokenizer import byte_tokenizer
 from wastenot.moe.adapters.huggingface import StoredWeights
-from wastenot.moe.compress.families import FAMILIES
+from wastenot.moe.compress.families import MODULES
 from wastenot.moe.compress.forward import moe_output, run_layers
 from wastenot.moe.compress.native import NativeModel
 from wastenot.moe.compress.open import open_model
+from wastenot.moe.compress.places import FAMILIES
 from wastenot.moe.compress.plan import DropPlan, Shape
-from wastenot.moe.compress.stock import APPLIED, BASE_CONFIG
+from wastenot.moe.compress.stored import COMPRESSED
 from wastenot.moe.compress.streamed import StreamedModel
 from wastenot.moe.config import ModelConfig, MoEConfig, RectifyConfig, RouterConfig
 from wastenot.moe.decoder import Decoder, build_decoder
@@ -232,7 +234,7 @@ def test_streamed_logits_are_those_of_transformers(case: str, stock) -> None:
 
 
 def test_every_family_has_a_case() -> None:
-    assert {config.model_type for config in CASES.values()} == set(FAMILIES)
+    assert {config.model_type for config in CASES.values()} == set(MODULES) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("semantics", ["reroute", "skip"])
@@ -272,56 +274,43 @@ def test_the_order_in_which_experts_are_kept_does_not_matter(semantics: str, sto
     assert difference(streamed_logits(folder, turned), streamed_logits(folder, plain)) < SAME
 
 
-def applied(source: Path, plan: DropPlan, target: Path) -> Path:
-    """What applying `plan` to a stock folder makes, written out by hand for Qwen2-MoE's names."""
-    target.mkdir()
-    weights, result = load_file(source / "model.safetensors"), {}
-    for name, tensor in weights.items():
-        words = name.split(".")
-        if words[1] == "layers":
-            old = int(words[2])
-            if old in plan.blocks or (old in plan.layers and words[3] in ("mlp", "post_attention_layernorm")):
-                continue
-            kept = plan.kept(old)
-            if words[3:5] == ["mlp", "experts"]:
-                if int(words[5]) not in kept:
-                    continue
-                words[5] = str(kept.index(int(words[5])))
-            if words[3:5] == ["mlp", "gate"]:
-                tensor = tensor[list(kept)]
-            words[2] = str(plan.survivors.index(old))
-        result[".".join(words)] = tensor.contiguous()
-    save_file(result, target / "model.safetensors")
-    shutil.copyfile(source / "config.json", target / BASE_CONFIG)
-    said = {"version": 1, "shape": asdict(plan.result), "origin": plan.survivors, "plans": [plan.hash]}
-    (target / APPLIED).write_text(json.dumps(said))
-    return target
+def applied(source: Path, target: Path, **cuts: Any) -> DropPlan:
+    """Makes `target` of `source` by a plan, and returns that."""
+    model = open_streamed(source)
+    plan = DropPlan(base=model.fingerprint, shape=model.shape, **cuts)
+    apply_plan(source, target, plan)
+    return plan
 
 
-def test_an_applied_folder_is_the_plan(stock, tmp_path: Path) -> None:
-    """Layers have the windows of the layers that they were: `layer_types` of the source differ from one to the next."""
+@pytest.mark.parametrize("semantics", ["reroute", "skip"])
+@pytest.mark.parametrize("case", CASES)
+def test_an_applied_folder_is_the_plan(case: str, semantics: str, stock, tmp_path: Path) -> None:
+    folder, _ = stock(case)
+    gone = gone_of(open_model(folder).shape)
+    plan = applied(folder, tmp_path / "less", blocks=(1,), layers=(2,), experts={3: gone}, semantics=semantics)
+    assert open_model(tmp_path / "less").shape == plan.result
+    assert difference(streamed_logits(tmp_path / "less"), streamed_logits(folder, plan)) == 0
+
+
+def test_layers_keep_the_windows_that_they_had(stock, tmp_path: Path) -> None:
+    """Layer 0 goes, and `layer_types` of the source differ from one layer to the next."""
     folder, model = stock("qwen2_moe")
     assert len(set(model.config.layer_types)) == 2
-    shape = open_model(folder).shape
-    for name, cuts in {
-        "first": {"blocks": (0,), "layers": (2,), "experts": {3: (1, 2, 6)}, "order": {3: (7, 0, 5, 3, 4)}},
-        "dense": {"layers": (1,), "experts": {0: (4,)}},
-    }.items():
-        plan = plan_for(shape, **cuts)
-        target = applied(folder, plan, tmp_path / name)
-        assert open_model(target).shape == plan.result
-        assert difference(streamed_logits(target), streamed_logits(folder, plan)) == 0
+    plan = applied(folder, tmp_path / "less", blocks=(0,), layers=(1,), order={3: (7, 0, 5, 3, 4, 6, 2, 1)})
+    with Bypassed(model, plan):
+        wanted = logits_of(model)
+    assert difference(streamed_logits(tmp_path / "less"), wanted) < SAME
 
 
 def test_d10_a_second_layer_drop_goes_on_from_the_first(stock, tmp_path: Path) -> None:
     folder, _ = stock("qwen2_moe")
-    shape = open_model(folder).shape
-    target = applied(folder, plan_for(shape, layers=(0,)), tmp_path / "once")
-    second = plan_for(open_model(target).shape, layers=(2,), experts={3: (0,)})
-    both = plan_for(shape, layers=(0, 2), experts={3: (0,)})
-    assert difference(streamed_logits(target, second), streamed_logits(folder, both)) == 0
+    applied(folder, tmp_path / "once", layers=(0,))
+    shape = open_model(tmp_path / "once").shape
+    second = plan_for(shape, layers=(2,), experts={3: (0,)})
+    both = plan_for(open_model(folder).shape, layers=(0, 2), experts={3: (0,)})
+    assert difference(streamed_logits(tmp_path / "once", second), streamed_logits(folder, both)) == 0
     with pytest.raises(ValueError, match="layers: 0 has no feed-forward network to drop"):
-        plan_for(open_model(target).shape, layers=(0,))
+        plan_for(shape, layers=(0,))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -396,12 +385,27 @@ def test_shares_are_the_parts_of_the_whole(stock) -> None:
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
 
-def test_layer_bytes_count_every_weight_in_fp32(stock) -> None:
-    for case in ("mixtral", "qwen2_moe", "deepseek_v3"):
-        folder, transformers_model = stock(case)
-        model = open_model(folder)
-        for number, layer in enumerate(transformers_model.model.layers):
-            assert model.layer_bytes(number) == sum(4 * each.numel() for each in layer.state_dict().values())
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_sizes_count_every_weight(case: str, stock) -> None:
+    folder, transformers_model = stock(case)
+    model = open_model(folder)
+    assert model.element_bytes == 4
+    layers = transformers_model.model.layers
+    whole = sum(each.numel() for each in transformers_model.state_dict().values())
+    inside = [sum(each.numel() for each in layer.state_dict().values()) for layer in layers]
+    assert [model.size(number).whole for number in range(4)] == inside
+    assert model.outside_size == whole - sum(inside)
+    for number, layer in enumerate(layers):
+        size = model.size(number)
+        attention = [*layer.self_attn.parameters(), *layer.input_layernorm.parameters()]
+        assert size.attention == sum(each.numel() for each in attention)
+        assert size.num_experts == model.shape.experts[number]
+        if size.num_experts:
+            gate = sum(each[0].numel() for each in layer.mlp.gate.state_dict().values())
+            assert size.expert == 3 * 48 * size.hidden + gate
+            assert size.hidden == layer.mlp.experts.down_proj.shape[-1]
+        else:
+            assert (size.expert, size.hidden) == (0, 80)
 
 
 def test_weights_in_bf16_are_computed_in_fp32(stock, tmp_path: Path) -> None:
@@ -445,6 +449,7 @@ def test_layers_that_predict_further_tokens_are_passed_over(stock, tmp_path: Pat
 
 
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
+EXTRA = "model.layers.1.block_sparse_moe.experts.8.w1.weight"
 
 
 @pytest.mark.parametrize(
@@ -453,10 +458,13 @@ GATE = "model.layers.1.block_sparse_moe.gate.weight"
         (lambda w: {n: t for n, t in w.items() if n != GATE}, f"layer 1 misses {GATE}$"),
         (lambda w: {n: t for n, t in w.items() if n != "model.norm.weight"}, r"misses model\.norm\.weight$"),
         (
-            lambda w: w | {"model.layers.1.extra": torch.ones(1)},
-            r"layer 1 has, and should not, model\.layers\.1\.extra$",
+            lambda w: w | {EXTRA: torch.ones(1)},
+            f"layer 1 has, and should not, {EXTRA}$",
         ),
-        (lambda w: w | {"model.layers.4.norm": torch.ones(1)}, r"model\.layers\.4\.norm is no tensor of this mixtral"),
+        (
+            lambda w: w | {"model.layers.4.x.weight": torch.ones(1)},
+            r"with 4 layers: model\.layers\.4\.x\.weight; remove",
+        ),
         (lambda w: w | {GATE: torch.ones(7, 48)}, rf"{GATE} \[7, 48\] is not the \[8, 48\]"),
     ],
 )
@@ -469,10 +477,10 @@ def test_what_does_not_fit_the_configuration_is_refused(change: Any, message: st
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "bert"}, "model_type 'bert' is no family known here; use one of mixtral, "),
-        ({"quantization_config": {"quant_method": "fp8"}}, "stores quantized weights .* give it in bf16 or fp32"),
-        ({"per_layer_config": {"1": {"skip": ["mlp"]}}}, "per_layer_config makes layers differ"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not the 'silu'"),
+        ({"model_type": "bert"}, "model_type: 'bert' cannot be compressed; supported are mixtral, "),
+        ({"quantization_config": {"quant_method": "fp8"}}, "stores quantized weights; give the model in bf16"),
+        ({"per_layer_config": {"1": {"skip": ["mlp"]}}}, "per_layer_config: makes layers differ"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not the 'silu'"),
     ],
 )
 def test_configurations_that_cannot_be_read_are_refused(config: dict, message: str, stock, tmp_path: Path) -> None:
@@ -482,19 +490,18 @@ def test_configurations_that_cannot_be_read_are_refused(config: dict, message: s
 
 def test_applied_folders_that_do_not_fit_are_refused(stock, tmp_path: Path) -> None:
     folder, _ = stock("qwen2_moe")
-    plan = plan_for(open_model(folder).shape, layers=(0,), experts={3: (0,)})
-    file = applied(folder, plan, tmp_path / "applied") / APPLIED
+    applied(folder, tmp_path / "less", layers=(0,), experts={3: (0,)})
+    file = tmp_path / "less" / COMPRESSED
     said = json.loads(file.read_text())
     shape = said["shape"]
-    for changes, message in (
-        ({"version": 2}, "version 2 is unknown; this version reads 1"),
-        ({"origin": [0, 1, 2]}, "has layers or experts that base_config.json has not"),
-        ({"shape": shape | {"experts": [0, 0, 9, 7]}}, "has layers or experts that base_config.json has not"),
-        ({"shape": shape | {"dense": [0, 1]}}, "has layers or experts that base_config.json has not"),
-        ({"shape": {}}, "does not say what was applied"),
+    for changes in (
+        {"origin": [0, 1, 2]},
+        {"origin": [0, 1, 2, 4]},
+        {"shape": shape | {"experts": [0, 0, 9, 7]}},
+        {"shape": shape | {"dense": [0, 1]}},
     ):
         file.write_text(json.dumps(said | changes))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"its layers or experts are not some of those in base_config\.json"):
             open_model(file.parent)
     # More experts than the files have.
     file.write_text(json.dumps(said | {"shape": shape | {"experts": [0, 0, 8, 8]}}))
@@ -583,7 +590,7 @@ def dropless_logits(model: Decoder, plan: DropPlan | None = None) -> Tensor:
     """Of our decoder, with the modules bypassed that `plan` drops."""
     undo = []
     for number, block in enumerate(model.blocks):
-        ffn: Any = block.ffn
+        ffn: Any = block.ffn if model.config.has_ffn(number) else None
         gone = list(plan.experts.get(number, ())) if plan is not None else []
         if plan is not None and number in plan.blocks:
             undo.append(block.register_forward_hook(lambda module, given, made: (given[0], made[1])).remove)
@@ -632,6 +639,18 @@ def test_a_streamed_run_is_our_decoder(case: str, run) -> None:
     assert difference(dropless_logits(decoder), wanted) == 0
 
 
+@pytest.mark.parametrize("semantics", ["reroute", "skip"])
+@pytest.mark.parametrize("case", RUNS)
+def test_an_applied_run_is_the_plan(case: str, semantics: str, run, tmp_path: Path) -> None:
+    folder, _ = run(case)
+    gone = gone_of(open_streamed(folder).shape)
+    plan = applied(folder, tmp_path / "less", blocks=(1,), layers=(2,), experts={3: gone}, semantics=semantics)
+    model = open_streamed(tmp_path / "less")
+    assert model.shape == plan.result
+    assert difference(native_logits(model), native_logits(open_streamed(folder), plan)) == 0
+    assert difference(native_logits(model), dropless_logits(open_run(tmp_path / "less").model)) < SAME
+
+
 def test_d12_a_router_of_ours_chooses_no_more_experts_than_are_kept(run) -> None:
     layer = open_streamed(run("capacity")[0]).layer(3, kept=(4,))
     choice = layer.route(torch.randn(5, 48))
@@ -639,11 +658,15 @@ def test_d12_a_router_of_ours_chooses_no_more_experts_than_are_kept(run) -> None
     torch.testing.assert_close(choice.weights_TK, torch.ones(5, 1))
 
 
-def test_layer_bytes_of_a_run_count_every_weight(run) -> None:
+def test_sizes_of_a_run_count_every_weight(run) -> None:
     folder, decoder = run("groups")
     model = open_streamed(folder)
-    for number, block in enumerate(decoder.blocks):
-        assert model.layer_bytes(number) == sum(4 * each.numel() for each in block.state_dict().values())
+    inside = [sum(each.numel() for each in block.state_dict().values()) for block in decoder.blocks]
+    assert [model.size(number).whole for number in range(4)] == inside
+    assert model.outside_size == sum(each.numel() for each in decoder.state_dict().values()) - sum(inside)
+    assert model.element_bytes == 4
+    assert [model.size(number).hidden for number in range(4)] == [decoder.config.dense_width, 24, 24, 24]
+    assert model.size(1).expert == 3 * 48 * 24 + 48 + 1
 
 
 def test_experts_of_a_run_are_read_alone(run, tmp_path: Path) -> None:
@@ -678,7 +701,7 @@ def test_a_run_that_does_not_fit_is_refused(run, tmp_path: Path) -> None:
             open_streamed(folder)
     with pytest.raises(ValueError, match=r"router\.kind: uniform ignores the tokens; only learned routers"):
         NativeModel(SMALL, RouterConfig(kind="uniform", balance_loss=0.0), folder)
-    with pytest.raises(UserError, match=r"has no config\.json; give a folder of a Hugging Face checkpoint"):
+    with pytest.raises(UserError, match=r"config\.json: cannot be read .* give a run or the folder of a checkpoint"):
         open_streamed(tmp_path)
 
 
