@@ -87,6 +87,7 @@ def stored(checkpoint: Path) -> tuple[int, int]:
         weights = {
             name: (entry.shape, entry.dtype.itemsize) for name, entry in entries.items() if name.startswith("model.")
         }
+        is_packed = {name: entries[name].dtype == torch.uint8 for name in weights}
     else:
         from ...moe.compress.stored import read_stock
 
@@ -95,12 +96,14 @@ def stored(checkpoint: Path) -> tuple[int, int]:
         for name, tensor in tensors.items():
             numel = max(1, torch.Size(tensor.shape).numel())
             weights[name] = tensor.shape, tensor.length // numel
+        is_packed = {name: tensor.dtype == "U8" for name, tensor in tensors.items()}
     parameters = size = 0
     for name, (shape, itemsize) in weights.items():
         numel = torch.Size(shape).numel()
         size += numel * itemsize
         if not name.endswith((".scale", ".bias_E")):
-            parameters += numel
+            # Codes of 4 bits lie two in a byte.
+            parameters += numel * (2 if name.endswith(".q") and is_packed[name] else 1)
     return parameters, size
 
 

@@ -51,7 +51,9 @@ def of_decoder(model: Decoder, prompt: int, written: int = 16) -> Contender:
     @torch.no_grad()
     def work() -> tuple[float, float]:
         dtype = next(model.parameters()).dtype
-        cache = KVCache.empty(model.config, torch.zeros(1, dtype=torch.int64), prompt + written, dtype, model.stages.held)
+        cache = KVCache.empty(
+            model.config, torch.zeros(1, dtype=torch.int64), prompt + written, dtype, model.stages.held
+        )
         start = time.perf_counter()
         hidden = model(tokens_1S, cache).hidden_BSD[:, -1:]
         token = model.logits(hidden).argmax(-1)
