@@ -24,6 +24,7 @@ BENCHMARKS = {
     "adapprox-quality": "held-out loss with Adapprox against AdamW and its peers, over the bytes of their state",
     "lynx-plan": "what each planner of recomputation exposes, how long it searches, how far it is from the best known",
     "lynx": "step time and memory of a training that recomputes under communication, on ranks over shaped links",
+    "compress": "quality, size and speed of a trained mixture after every way of shrinking it, and random ones",
     "lynx-simulate": "predictions beside published figures; time and memory of a simulation by the number of devices",
 }
 """Name (also its module's, with underscores) and what it measures."""
