@@ -20,8 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..adapters.huggingface import CONFIG, INDEX, WEIGHTS
-from .export_config import STOCK, rewritten
-from .export_source import EXPORTED, Lazy, Source, check_source, is_feed_forward, parts_of, zeros
+from .export_config import rewritten
+from .export_source import EXPORTED, Lazy, Source, check_source, zeros
+from .families import FAMILIES
+from .partial import check_target
+from .places import places_of
 from .reexpress import REEXPRESSED, as_qwen2_moe
 
 __all__ = ["Exported", "Loader", "export"]
@@ -75,13 +78,12 @@ def export(
     Raises ValueError where nothing stock computes the model, tensors are missing, or `target` is not empty.
     """
     target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target}: exists; name a new folder, so that no old file stays among the new")
+    check_target(target)
     if stub_width < 1:
         raise ValueError(f"stub_width: {stub_width} is too small; use 1 or more, for example 128")
     _check_counts(source)
-    check_source(source)
     route = _route(source, loader, allow_zeroed, stub_width)
+    check_source(route.source)
     partial = target.with_name(f".{target.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -140,10 +142,11 @@ def _check_counts(source: Source) -> None:
             f"{source.where}: its layers have {min(counts)} to {max(counts)} experts, and stock models have one number "
             f"for all; the nearest plan drops experts down to {equal} in each of the {len(counts)} layers"
         )
-    if counts and source.family == "deepseek_v3" and counts[0] < 2 * shape.groups:
+    fewest = shape.groups * (FAMILIES[source.family].smallest_group if source.family in FAMILIES else 1)
+    if counts and counts[0] < fewest:
         raise ValueError(
-            f"{source.where}: {counts[0]} experts in {shape.groups} groups, whose stock router adds up the best two of "
-            f"each; the nearest plan keeps {2 * shape.groups} in each layer"
+            f"{source.where}: {counts[0]} experts in {shape.groups} groups are too few for the stock router, which "
+            f"reads {fewest // shape.groups} of each; the nearest plan keeps {fewest} in each layer"
         )
 
 
@@ -154,14 +157,13 @@ def _route(source: Source, loader: Loader, allow_zeroed: bool, stub_width: int) 
         source = as_qwen2_moe(source, width, biases=loader == "vllm")
         if loader == "vllm":
             _check_vllm(source)
-    kind = STOCK[source.family].dense
     possible = _may_be_dense(source)
     if wrong := sorted({*source.shape.dense} - possible):
         raise ValueError(f"{source.where}: layers {wrong} are dense, which no {source.family} model can say")
     stubs = tuple(layer for layer in alone if layer in possible)
     zeroed = tuple(layer for layer in alone if layer not in possible)
     if zeroed and not allow_zeroed:
-        raise ValueError(f"{source.where}: {_why_not(source, zeroed, kind)}")
+        raise ValueError(f"{source.where}: {_why_not(source, zeroed)}")
     if zeroed and not source.shape.moe_layers:
         raise ValueError(
             f"{source.where}: no layer has experts any more, of which a {source.family} model needs one; keep those of "
@@ -173,16 +175,16 @@ def _route(source: Source, loader: Loader, allow_zeroed: bool, stub_width: int) 
 def _may_be_dense(source: Source) -> set[int]:
     """Layers without experts that the family can do without."""
     without = [layer for layer, experts in enumerate(source.shape.experts) if not experts]
-    kind = STOCK[source.family].dense
-    if kind == "never":
+    sparse = FAMILIES[source.family].sparse
+    if sparse == "all":
         return set()
-    return {layer for position, layer in enumerate(without) if kind == "listed" or layer == position}
+    return {layer for position, layer in enumerate(without) if sparse == "listed" or layer == position}
 
 
-def _why_not(source: Source, zeroed: tuple[int, ...], kind: str) -> str:
+def _why_not(source: Source, zeroed: tuple[int, ...]) -> str:
     origin = [source.origin[layer] for layer in zeroed]
     zeros_instead = "or take --allow-zeroed, which is right but saves nothing"
-    if kind == "never":
+    if FAMILIES[source.family].sparse == "all":
         return (
             f"layers {origin} of the base have no experts, and a {source.family} model has some in every layer; the "
             f"nearest plan drops these layers as whole blocks, {zeros_instead}"
@@ -215,30 +217,28 @@ def _stub_width(route: _Route) -> int:
     """Hidden units of stubs: those of the other dense layers, where there are any."""
     if not route.stubs or route.width:
         return route.width
-    block, layer = STOCK[route.source.family].block, route.source.shape.dense[0]
-    return route.source.weights[f"model.layers.{layer}.{block}.gate_proj.weight"].shape[0]
+    return route.source.weights[f"model.layers.{route.source.shape.dense[0]}.mlp.gate_proj.weight"].shape[0]
 
 
 def _fillers(route: _Route) -> Iterator[tuple[str, Lazy]]:
     """What layers that only attend hold in stock models: a norm of ones, and networks of zeros."""
     source, width = route.source, _stub_width(route)
-    norm = source.weights["model.norm.weight"]
-    dtype, (D,) = norm.read().dtype, norm.shape
-    ones = Lazy((D,), lambda: torch.ones(D, dtype=dtype))
-    block = STOCK[source.family].block
+    dtype, D = source.dtype, source.weights["model.norm.weight"].shape[0]
     for layer in (*route.stubs, *route.zeroed):
-        yield f"model.layers.{layer}.post_attention_layernorm.weight", ones
+        name = f"model.layers.{layer}.post_attention_layernorm.weight"
+        yield name, Lazy((D,), lambda: torch.ones(D, dtype=dtype))
     for layer in route.stubs:
-        prefix = f"model.layers.{layer}.{block}"
-        yield f"{prefix}.gate_proj.weight", zeros((width, D), dtype)
-        yield f"{prefix}.up_proj.weight", zeros((width, D), dtype)
-        yield f"{prefix}.down_proj.weight", zeros((D, width), dtype)
-    if route.zeroed:
-        pattern = parts_of(source, source.shape.moe_layers[0])
-        for layer in route.zeroed:
-            for part, lazy in pattern.items():
-                if is_feed_forward(part, block) and part.startswith(f"{block}."):
-                    yield f"model.layers.{layer}.{part}", zeros(lazy.shape, dtype)
+        yield f"model.layers.{layer}.mlp.gate_proj.weight", zeros((width, D), dtype)
+        yield f"model.layers.{layer}.mlp.up_proj.weight", zeros((width, D), dtype)
+        yield f"model.layers.{layer}.mlp.down_proj.weight", zeros((D, width), dtype)
+    if not route.zeroed:
+        return
+    pattern = source.shape.moe_layers[0]
+    for name, place in places_of(source.weights, source.family, source.shape.layers).items():
+        if place.layer == pattern and place.part not in ("attention", "norm"):
+            for layer in route.zeroed:
+                other = name.replace(f"model.layers.{pattern}.", f"model.layers.{layer}.")
+                yield other, zeros(source.weights[name].shape, dtype)
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, Lazy], shard_bytes: int) -> tuple[int, int]:

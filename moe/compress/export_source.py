@@ -1,9 +1,7 @@
-"""What is exported: a stock folder, what `apply` made of one, or a model of ours, as names and tensors on disk."""
+"""What is exported: a Hugging Face folder, stock or compressed, or a model of ours, as names and tensors on disk."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,18 +16,17 @@ from ..adapters.huggingface_names import Family
 from ..config import ModelConfig, RouterConfig
 from ..decoder import Decoder
 from ..layer import MoELayer
-from .export_config import STOCK, base_shape, stock_family
+from .export_config import check_config
+from .places import Place, places_of
 from .plan import Shape
+from .shapes import shape_of_model
+from .stored import BASE_CONFIG, COMPRESSED, read_stock
 
-__all__ = ["EXPORTED", "Lazy", "Source", "check_source", "from_decoder", "open_folder", "parts_of", "zeros"]
+__all__ = ["EXPORTED", "Lazy", "Source", "check_source", "from_decoder", "open_folder", "zeros"]
 
-BASE_CONFIG, COMPRESSED, EXPORTED = "base_config.json", "compressed.json", "exported.json"
+EXPORTED = "exported.json"
+"""What an export says of how it came about; stock loaders do not read it."""
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_OUTSIDE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-_PLAIN = (".weight", ".bias", ".e_score_correction_bias")
-"""How names of tensors end that are no part of a quantized one."""
-_NORM = "post_attention_layernorm.weight"
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Endings of the files of tokenizers and of generation_config.json."""
 
@@ -49,12 +46,14 @@ class Source:
     where: str
     """For messages."""
     family: str
+    """A `model_type`; `deepseek`, whose models need remote code, is only ever exported as another."""
     config: Mapping[str, Any]
     """config.json of the base model."""
     shape: Shape
     origin: tuple[int, ...]
     """Number of each layer in the base model."""
     weights: Mapping[str, Lazy]
+    dtype: torch.dtype
     companions: tuple[Path, ...] = ()
     """Files that go with it unchanged."""
     plans: tuple[str, ...] = ()
@@ -74,31 +73,30 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Lazy:
 def open_folder(folder: Path | str) -> Source:
     """The checkpoint at `folder`: stock, or what `apply` made of one.
 
-    Raises ValueError where it is neither, a file is damaged, or it is quantized.
+    Raises ValueError where it is neither, a file is damaged, or weights are quantized.
     """
-    folder = Path(folder)
-    applied = (folder / COMPRESSED).is_file()
-    path = folder / (BASE_CONFIG if applied else CONFIG)
-    config = _read_object(path)
-    try:
-        family = stock_family(config)
-        shape = base_shape(config, family)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    origin, plans = tuple(range(shape.layers)), ()
-    if applied:
-        shape, origin, plans = _compressed(folder / COMPRESSED, shape.layers)
-    stored = StoredWeights(folder)
-    names = [name for name in stored if _is_of_model(name, shape.layers)]
+    stock = read_stock(folder)
+    check_config(stock.config, str(stock.config_file))
+    if few := sorted(name for name in stock.tensors if name.endswith((".q", ".scale"))):
+        raise ValueError(f"{folder}: {few[0]} is a weight in few bits, which no stock loader reads; export before that")
+    stored, places = StoredWeights(stock.path), places_of(stock.tensors, stock.family, stock.shape.layers)
+    weights = {
+        name: Lazy(stock.tensors[name].shape, partial(stored.__getitem__, name))
+        for name, place in places.items()
+        if place.part != "next_n" and place.weight != "inv_freq"
+    }
+    if "model.norm.weight" not in weights:
+        raise ValueError(f"{folder}: model.norm.weight is missing")
     return Source(
         where=str(folder),
-        family=family,
-        config=config,
-        shape=shape,
-        origin=origin,
-        weights={name: Lazy(stored.shape(name), partial(stored.__getitem__, name)) for name in names},
-        companions=_companions(folder),
-        plans=plans,
+        family=stock.family,
+        config=stock.config,
+        shape=stock.shape,
+        origin=stock.origin,
+        weights=weights,
+        dtype=stored["model.norm.weight"].dtype,
+        companions=_companions(stock.path),
+        plans=stock.plans,
     )
 
 
@@ -114,95 +112,76 @@ def from_decoder(
     for name, module in model.named_modules():
         if isinstance(module, MoELayer) and module.router.bias_E.any():
             raise ValueError(f"{name}: its selection bias is not zero, and stock softmax routers have none")
-    weights = {
-        disk_name: Lazy(tuple(view.shape), view.contiguous)
-        for name, parameter in model.named_parameters()
-        for disk_name, view in to_huggingface(name, parameter.detach(), family)
-    }
-    heads = {"head_dim": config.head_width} if family == "deepseek" else {}
     # That family's files have no width of heads, but those of qwen2_moe, as which it is written, do.
+    heads = {"head_dim": config.head_width} if family == "deepseek" else {}
     config = replace(config, d_head=0) if family == "deepseek" else config
     said = config_to_huggingface(config, router, family, max_positions=max_positions, end_token=end_token) | heads
-    said["torch_dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
-    layers = range(model.config.layers)
-    shape = Shape(
-        experts=tuple(model.config.num_experts(layer) for layer in layers),
-        top_k=router.top_k,
-        dense=tuple(layer for layer in layers if model.config.is_dense(layer)),
-    )
+    dtype = model.embedding.weight.dtype
     return Source(
         where=str(where),
         family=family,
-        config=said,
-        shape=shape,
-        origin=tuple(layers),
-        weights=weights,
+        config=said | {"torch_dtype": str(dtype).removeprefix("torch.")},
+        shape=shape_of_model(model.config, router),
+        origin=tuple(range(model.config.layers)),
+        weights={
+            disk_name: Lazy(tuple(view.shape), view.contiguous)
+            for name, parameter in model.named_parameters()
+            for disk_name, view in to_huggingface(name, parameter.detach(), family)
+        },
+        dtype=dtype,
         companions=_companions(tokenizer),
     )
 
 
-def parts_of(source: Source, layer: int) -> dict[str, Lazy]:
-    """The tensors of `layer` by their names within it."""
-    prefix = f"model.layers.{layer}."
-    return {name.removeprefix(prefix): lazy for name, lazy in source.weights.items() if name.startswith(prefix)}
-
-
-def is_feed_forward(part: str, block: str) -> bool:
-    """Whether `part`, a name within a layer, is of its feed-forward network or of the norm before it."""
-    return part == _NORM or part.startswith(f"{block}.")
-
-
 def check_source(source: Source) -> None:
-    """Raises ValueError where tensors are missing, too many or quantized: stock loaders only warn of them.
+    """Raises ValueError where a tensor is missing, unknown, too many, or of another shape than in the other layers.
 
-    All layers with experts are to have equally many.
+    Stock loaders warn of it, at most. All layers with experts are to have equally many.
     """
-    for name in source.weights:
-        if not name.endswith(_PLAIN):
-            raise ValueError(f"{source.where}: {name} is no plain weight; quantized models cannot be exported yet")
-        if name not in _OUTSIDE and not _LAYER.fullmatch(name):
-            raise ValueError(f"{source.where}: {name} is no weight of a {source.family} model")
+    shape = source.shape
     tied = bool(source.config.get("tie_word_embeddings"))
-    if missing := [name for name in _OUTSIDE[: 2 if tied else 3] if name not in source.weights]:
-        raise ValueError(f"{source.where}: {missing[0]} is missing")
-    block = STOCK[source.family].block
-    models: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {}
-    for layer, experts in enumerate(source.shape.experts):
-        shapes = {part: lazy.shape for part, lazy in parts_of(source, layer).items()}
-        feed = {part: shape for part, shape in shapes.items() if is_feed_forward(part, block)}
-        kind = "experts" if experts else "a dense network" if layer in source.shape.dense else "no network"
-        expected = _expected(kind, experts, feed, source.family)
-        _same(source, layer, feed, expected, f"a layer with {kind}")
-        for what, found in ((kind, feed), ("attention", {part: shapes[part] for part in shapes.keys() - feed.keys()})):
-            first, like = models.setdefault(what, (layer, found))
-            _same(source, layer, found, like, f"layer {first}")
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")[: 2 if tied else 3]:
+        if name not in source.weights:
+            raise ValueError(f"{source.where}: {name} is missing")
+    layers: list[dict[Place, str]] = [{} for _ in range(shape.layers)]
+    for name, place in places_of(source.weights, source.family, shape.layers).items():
+        if place.layer is not None:
+            # Its number aside, a layer is to have what others of its kind have.
+            layers[place.layer][replace(place, layer=0)] = name
+    firsts: dict[str, tuple[int, dict[Place, tuple[int, ...]]]] = {}
+    for layer, names in enumerate(layers):
+        kind = "experts" if shape.experts[layer] else "dense" if layer in shape.dense else "bare"
+        needed = _needed(kind, shape.experts[layer])
+        feed = {place for place in names if place.part != "attention"}
+        free = {place for place in feed if kind == "experts" and place.part in ("shared", "router_bias")}
+        if lacking := sorted(map(str, needed - feed)):
+            raise ValueError(f"{source.where}: layer {layer} lacks {lacking[0]}; fetch or make it again")
+        if left := sorted(names[place] for place in feed - free - needed):
+            raise ValueError(f"{source.where}: {left[0]} is left over: nothing of that layer reads it")
+        shapes = {place: source.weights[name].shape for place, name in names.items()}
+        for place in feed:
+            if place.part in ("router", "router_bias") and shapes[place][0] != shape.experts[layer]:
+                raise ValueError(
+                    f"{source.where}: {names[place]} is of {shapes[place][0]} experts instead of {shape.experts[layer]}"
+                )
+        for what, mine in (("attention", shapes.keys() - feed), (kind, feed)):
+            found = {place: shapes[place] for place in mine}
+            first, like = firsts.setdefault(what, (layer, found))
+            if unlike := sorted(
+                str(place) for place in found.keys() | like.keys() if found.get(place) != like.get(place)
+            ):
+                raise ValueError(f"{source.where}: layers {first} and {layer} differ in {unlike[0]}; one is damaged")
 
 
-def _expected(kind: str, experts: int, feed: dict[str, tuple[int, ...]], family: str) -> dict[str, tuple[int, ...]]:
-    """`feed` with what must be there of a layer's feed-forward network, whatever else there is."""
-    stock = STOCK[family]
-    if kind == "no network":
-        return {}
-    if kind == "a dense network":
-        names = [f"{stock.block}.{part}_proj.weight" for part in ("gate", "up", "down")]
-        return {name: feed.get(name, ()) for name in (_NORM, *names)}
-    others = {part: shape for part, shape in feed.items() if not part.startswith(f"{stock.block}.experts.")}
-    for part in others.keys() & {f"{stock.block}.gate.weight", f"{stock.block}.gate.e_score_correction_bias"}:
-        others[part] = (experts, *others[part][1:])
-    named = [f"{stock.block}.experts.{expert}.{part}.weight" for expert in range(experts) for part in stock.projections]
-    return others | {name: feed.get(name, ()) for name in (_NORM, f"{stock.block}.gate.weight", *named) if name}
-
-
-def _same(
-    source: Source, layer: int, found: Mapping[str, tuple[int, ...]], like: Mapping[str, tuple[int, ...]], what: str
-) -> None:
-    for part in sorted(found.keys() | like.keys()):
-        if found.get(part) != like.get(part):
-            here, there = ((list(of[part]) or "there") if part in of else "missing" for of in (found, like))
-            raise ValueError(
-                f"{source.where}: model.layers.{layer}.{part} is {here}, not {there} as of {what}; a stock loader "
-                f"would only warn. Is the checkpoint whole?"
-            )
+def _needed(kind: str, experts: int) -> set[Place]:
+    """What a layer's feed-forward network consists of at least."""
+    if kind == "bare":
+        return set()
+    parts = ("gate", "up", "down")
+    if kind == "dense":
+        return {Place(0, "norm", "norm"), *(Place(0, "dense", part) for part in parts)}
+    each = {Place(0, "expert", part, expert) for expert in range(experts) for part in parts}
+    return {Place(0, "norm", "norm"), Place(0, "router", "router"), *each}
 
 
 def _said_by_family(config: ModelConfig, router: RouterConfig) -> tuple[ModelConfig, Family]:
@@ -211,42 +190,10 @@ def _said_by_family(config: ModelConfig, router: RouterConfig) -> tuple[ModelCon
     if moe is None:
         raise ValueError("model.moe: null has no experts; use `wastenot convert to-hf`")
     plain = replace(config, moe=replace(moe, per_layer=(), dense=(), every=1, first_dense=0))
-    if config.qk_norm == "head":
-        return plain, "qwen3_moe"
-    if config.qk_norm == "full":
-        return plain, "olmoe"
-    has_dense = any(config.is_dense(layer) for layer in range(config.layers))
-    if moe.shared_experts or has_dense or router.normalize == "none":
-        return plain, "deepseek"
-    return plain, "mixtral"
-
-
-def _compressed(path: Path, layers: int) -> tuple[Shape, tuple[int, ...], tuple[str, ...]]:
-    """(shape, origin, plans) of `path`, for a base model of `layers`."""
-    raw = _read_object(path)
-    try:
-        if raw["version"] != 1:
-            raise ValueError(f"version: {raw['version']} is unknown; this version of wastenot reads 1")
-        given = raw["shape"]
-        shape = Shape(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
-        origin = tuple(int(layer) for layer in raw["origin"])
-        plans = tuple(map(str, raw["plans"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: is damaged ({error!r})") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if raw.get("quantize"):
-        raise ValueError(f"{path}: quantize: quantized models cannot be exported yet")
-    if len(origin) != shape.layers or sorted(set(origin)) != list(origin) or not set(origin) <= set(range(layers)):
-        raise ValueError(f"{path}: origin: {list(origin)} does not name {shape.layers} of {layers} layers in order")
-    return shape, origin, plans
-
-
-def _is_of_model(name: str, layers: int) -> bool:
-    """Whether `name` is a weight of the model: not of layers behind the last that predict further tokens."""
-    match = _LAYER.fullmatch(name)
-    # Old checkpoints keep the frequencies of the rotary embedding, which follow from its theta.
-    return not name.endswith(".rotary_emb.inv_freq") and (match is None or int(match[1]) < layers)
+    if config.qk_norm != "none":
+        return plain, "qwen3_moe" if config.qk_norm == "head" else "olmoe"
+    has_dense = any(map(config.is_dense, range(config.layers)))
+    return plain, "deepseek" if moe.shared_experts or has_dense or router.normalize == "none" else "mixtral"
 
 
 def _companions(folder: Path) -> tuple[Path, ...]:
@@ -259,13 +206,3 @@ def _companions(folder: Path) -> tuple[Path, ...]:
         and path.name not in own
         and not path.name.endswith(".safetensors.index.json")
     )
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); give the folder of a checkpoint") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds no JSON object")
-    return value

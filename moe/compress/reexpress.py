@@ -1,7 +1,8 @@
 """Mixtral and DeepSeek-MoE as Qwen2-MoE: the same function under names whose config can say which layers are dense.
 
-Qwen2-MoE always has one shared expert behind a gate of its own. Mixtral's is zero. DeepSeek's shared experts are one
-of their total width: a gate of zeros halves it (sigmoid of 0), so its down projection is doubled, which is exact.
+Qwen2-MoE always has one shared expert behind a gate of its own; Mixtral's becomes one of zeros. DeepSeek's shared
+experts are one of their total width: a gate of zeros halves it (sigmoid of 0), so its down projection is doubled,
+which is exact.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .export_config import STOCK
 from .export_source import Lazy, Source, zeros
+from .places import name_of, place_of
 
 __all__ = ["REEXPRESSED", "as_qwen2_moe"]
 
@@ -48,20 +49,16 @@ _KEPT = (
 )
 """Keys that mean the same in both."""
 
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "mixtral": {
-        "rms_norm_eps": 1e-5,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
-    },
-    "deepseek": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "bos_token_id": 100000, "eos_token_id": 100001},
+_MIXTRAL = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
 }
-"""What a file means that does not say so; Qwen2-MoE's own defaults differ."""
-
-_THETA = {"mixtral": 1e6, "deepseek": 1e4}
+"""What Mixtral's files mean that do not say so: Qwen2-MoE's own defaults differ."""
 
 
 def as_qwen2_moe(source: Source, width: int, *, biases: bool) -> Source:
@@ -69,39 +66,29 @@ def as_qwen2_moe(source: Source, width: int, *, biases: bool) -> Source:
 
     width: hidden units of a shared expert of zeros, where there is none; biases: write biases of zero for queries,
     keys and values, for loaders that always have them.
-    Raises ValueError where its config.json says what Qwen2-MoE cannot.
     """
-    if source.family == "deepseek":
-        _check_deepseek(source)
     config = _config(source, width, biases)
     return replace(source, family=_FAMILY, config=config, weights=dict(_weights(source, width, biases)))
 
 
 def _config(source: Source, width: int, biases: bool) -> dict[str, Any]:
-    given = _DEFAULTS[source.family] | source.config
-    given.setdefault("num_key_value_heads", given["num_attention_heads"])
+    given = source.config if source.family == "deepseek" else {**_MIXTRAL, **source.config}
     new: dict[str, Any] = {key: given[key] for key in _KEPT if key in given}
-    if not isinstance(given.get("rope_parameters"), Mapping):
-        new["rope_theta"] = given.get("rope_theta", _THETA[source.family])
+    new |= {"model_type": _FAMILY, "qkv_bias": biases, "use_sliding_window": False}
     if given.get("head_dim") not in (None, given["hidden_size"] // given["num_attention_heads"]):
         new["head_dim"] = given["head_dim"]
-    new |= {"model_type": _FAMILY, "qkv_bias": biases}
     if given.get("sliding_window") is not None:
-        layers = given["num_hidden_layers"]
         new |= {"use_sliding_window": True, "sliding_window": given["sliding_window"], "max_window_layers": 0}
-        new["layer_types"] = ["sliding_attention"] * layers
-    else:
-        new["use_sliding_window"] = False
-    if source.family == "mixtral":
-        experts, shared, dense = given["intermediate_size"], width, width
-        new["norm_topk_prob"] = True
-    else:
-        experts = given["moe_intermediate_size"]
-        shared, dense = experts * (given.get("n_shared_experts") or 0) or width, given["intermediate_size"]
-        new["norm_topk_prob"] = bool(given.get("norm_topk_prob"))
-        if "aux_loss_alpha" in given:
-            new["router_aux_loss_coef"] = given["aux_loss_alpha"]
+        new["layer_types"] = ["sliding_attention"] * given["num_hidden_layers"]
+    if isinstance(given.get("rope_parameters"), Mapping):
+        new["rope_theta"] = given["rope_parameters"].get("rope_theta", given["rope_theta"])
+    experts, shared, dense = given["intermediate_size"], width, width
+    if source.family == "deepseek":
+        experts, dense = given["moe_intermediate_size"], given["intermediate_size"]
+        shared = experts * (given["n_shared_experts"] or 0) or width
+        new["router_aux_loss_coef"] = given["aux_loss_alpha"]
     return new | {
+        "norm_topk_prob": given.get("norm_topk_prob", True),
         "moe_intermediate_size": experts,
         "shared_expert_intermediate_size": shared,
         "intermediate_size": dense,
@@ -109,25 +96,20 @@ def _config(source: Source, width: int, biases: bool) -> dict[str, Any]:
 
 
 def _weights(source: Source, width: int, biases: bool) -> Iterator[tuple[str, Lazy]]:
-    stock = STOCK[source.family]
-    dtype = source.weights["model.norm.weight"].read().dtype
-    D = source.weights["model.norm.weight"].shape[0]
-    has_shared = any(".shared_experts." in name for name in source.weights)
+    D, dtype = source.weights["model.norm.weight"].shape[0], source.dtype
+    layers = source.shape.layers
     for name, lazy in source.weights.items():
-        new = name.replace(f".{stock.block}.", ".mlp.").replace(".shared_experts.", ".shared_expert.")
-        if ".experts." in name:
-            for theirs, ours in zip(stock.projections, ("gate_proj", "up_proj", "down_proj"), strict=True):
-                new = new.replace(f".{theirs}.", f".{ours}.")
-        doubled = name.endswith(".shared_experts.down_proj.weight")
-        yield new, _doubled(lazy) if doubled else lazy
+        if source.family == "deepseek":
+            new = name.replace(".shared_experts.", ".shared_expert.")
+        else:
+            new = name_of(place_of(name, source.family, layers), _FAMILY)
+        yield new, _doubled(lazy) if new.endswith(".shared_expert.down_proj.weight") else lazy
         if biases and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             yield new.removesuffix("weight") + "bias", zeros(lazy.shape[:1], dtype)
-    for layer, experts in enumerate(source.shape.experts):
-        if not experts:
-            continue
+    for layer in source.shape.moe_layers:
         prefix = f"model.layers.{layer}.mlp.shared_expert"
         yield f"{prefix}_gate.weight", zeros((1, D), dtype)
-        if not has_shared:
+        if not source.config.get("n_shared_experts"):
             yield f"{prefix}.gate_proj.weight", zeros((width, D), dtype)
             yield f"{prefix}.up_proj.weight", zeros((width, D), dtype)
             yield f"{prefix}.down_proj.weight", zeros((D, width), dtype)
@@ -135,16 +117,3 @@ def _weights(source: Source, width: int, biases: bool) -> Iterator[tuple[str, La
 
 def _doubled(lazy: Lazy) -> Lazy:
     return Lazy(lazy.shape, lambda: 2 * lazy.read())
-
-
-def _check_deepseek(source: Source) -> None:
-    """Raises ValueError where the router of a DeepSeek-MoE is not Qwen2-MoE's."""
-    for name, legal in (
-        ("moe_layer_freq", 1),
-        ("scoring_func", "softmax"),
-        ("topk_method", "greedy"),
-        ("routed_scaling_factor", 1),
-        ("attention_bias", False),
-    ):
-        if source.config.get(name) not in (None, legal):
-            raise ValueError(f"{name}: {source.config[name]!r} cannot be said by a Qwen2-MoE; only {legal!r} can")

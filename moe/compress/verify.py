@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -21,10 +20,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..adapters.huggingface import CONFIG, StoredWeights
+from ..adapters.huggingface import StoredWeights
 from . import stock_forward
-from .export_config import STOCK, base_shape, stock_family
 from .export_source import EXPORTED
+from .families import FAMILIES
+from .places import places_of
+from .stored import StockFolder, read_stock
 
 __all__ = ["TOLERANCE", "Verified", "verify"]
 
@@ -67,23 +68,24 @@ def verify(
     tokens [B, S], instead. Raises ValueError where a folder is no checkpoint, or the two do not belong together.
     """
     folder = Path(folder)
-    config, weights = _opened(folder)
-    problems = _left_over(config, weights)
-    vocab, length = config["vocab_size"], min(_LENGTH, config.get("max_position_embeddings", _LENGTH) - _GENERATED)
+    stock = read_stock(folder)
+    problems = _left_over(stock)
+    vocab, length = stock.config["vocab_size"], stock.config.get("max_position_embeddings", _LENGTH) - _GENERATED
+    length = min(_LENGTH, length)
     # Fixed, and none twice in a row.
     tokens_BS = ((torch.arange(_BATCH * length) * 7919 + 13) % 10007 % vocab).view(_BATCH, length)
     orders: list[dict[str, Any]] = [{"folder": str(folder), "generate": _GENERATED}]
     exact, result = False, {}
     if against is not None:
-        base_config, base = _opened(Path(against))
-        bypass, exact = _bypass(base_config, base, config, weights, _about(folder))
+        base = read_stock(against)
+        bypass, exact = _bypass(base, stock)
         orders.append({"folder": str(against), **bypass})
         exact = exact and python == sys.executable
-        result = {"base_parameters": _elements(base), "base_bytes": _bytes(Path(against))}
+        result = {"base_parameters": _elements(base), "base_bytes": _bytes(base)}
     answers = _answers(orders, tokens_BS, python)
     found, logits = answers[0]
     if logits is None:
-        return _verified(folder, weights, problems=(*problems, f"does not load: {found['error']}"))
+        return _verified(stock, problems=(*problems, f"does not load: {found['error']}"))
     for kind in ("missing", "unexpected", "mismatched", "errors", "not_finite"):
         if names := found[kind]:
             problems.append(f"{kind.replace('_', ' ')} ({len(names)}): {', '.join(names[:_LISTED])}")
@@ -102,11 +104,11 @@ def verify(
         if not difference <= allowed:
             problems.append(f"logits differ by {difference:.1e} of the largest, and {allowed:.0e} is allowed")
         result |= {"difference": difference, "allowed": allowed}
-    return _verified(folder, weights, transformers=found["transformers"], problems=tuple(problems), **result)
+    return _verified(stock, transformers=found["transformers"], problems=tuple(problems), **result)
 
 
-def _verified(folder: Path, weights: StoredWeights, **more: Any) -> Verified:
-    return Verified(folder=str(folder), parameters=_elements(weights), bytes=_bytes(folder), **more)
+def _verified(stock: StockFolder, **more: Any) -> Verified:
+    return Verified(folder=str(stock.path), parameters=_elements(stock), bytes=_bytes(stock), **more)
 
 
 def _answers(
@@ -145,71 +147,50 @@ def ask(orders: list[dict[str, Any]], python: str) -> list[dict[str, Any]]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _opened(folder: Path) -> tuple[dict[str, Any], StoredWeights]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: is no checkpoint that stock models load ({error})") from error
-    return config, StoredWeights(folder)
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / EXPORTED).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: was not written by `wastenot compress export` ({error})") from error
-
-
-def _left_over(config: Mapping[str, Any], weights: StoredWeights) -> list[str]:
+def _left_over(stock: StockFolder) -> list[str]:
     """Tensors of layers or experts that the model does not have: some loaders ignore them in silence."""
-    family = stock_family(config)
-    shape, block = base_shape(config, family), STOCK[family].block
     left: list[str] = []
-    for name in weights:
-        match = re.match(r"model\.layers\.(\d+)\.", name)
-        expert = re.search(rf"\.{block}\.experts\.(\d+)\.", name)
-        layer = int(match[1]) if match else 0
-        if layer >= shape.layers or (expert and int(expert[1]) >= shape.experts[layer]):
+    for name, place in places_of(stock.tensors, stock.family, stock.shape.layers).items():
+        is_beyond = place.expert is not None and place.expert >= stock.shape.experts[place.layer or 0]
+        if place.part == "next_n" or is_beyond:
             left.append(name)
     return [f"left over ({len(left)}): {', '.join(left[:_LISTED])}"] if left else []
 
 
-def _bypass(
-    base_config: Mapping[str, Any],
-    base: StoredWeights,
-    config: Mapping[str, Any],
-    weights: StoredWeights,
-    about: Mapping[str, Any],
-) -> tuple[dict[str, Any], bool]:
+def _bypass(base: StockFolder, left: StockFolder) -> tuple[dict[str, Any], bool]:
     """What to leave out of the base model to make it what was exported, and whether sums are rounded alike.
 
     Which experts stay is found by the rows of the routers: nothing that was written about them is trusted.
     """
-    family, ours = stock_family(base_config), stock_family(config)
-    if family != about["from"]:
-        raise ValueError(f"{base.folder}: is a {family}, and the export was made from a {about['from']}")
-    shape, origin = base_shape(base_config, family), about["origin"]
-    kept, exact = base_shape(config, ours), True
+    about = _about(left.path)
+    if base.family != about["from"]:
+        raise ValueError(f"{base.path}: is a {base.family}, and the export was made from a {about['from']}")
+    origin, theirs, ours = about["origin"], FAMILIES[base.family], FAMILIES[left.family]
+    if not {*origin} <= {*range(base.shape.layers)}:
+        raise ValueError(f"{base.path}: has {base.shape.layers} layers, and the export was made from more: {origin}")
+    weights, stored, exact = StoredWeights(base.path), StoredWeights(left.path), True
     bypass: dict[str, Any] = {
-        "blocks": sorted({*range(shape.layers)} - {*origin}),
+        "blocks": sorted({*range(base.shape.layers)} - {*origin}),
         "feeds": [origin[layer] for layer in (*about["stubs"], *about["zeroed"])],
         "experts": {},
         "silent": {},
     }
     for layer, old in enumerate(origin):
-        if old in bypass["feeds"] or not kept.experts[layer]:
+        if old in bypass["feeds"] or not left.shape.experts[layer]:
             continue
-        there, here = f"model.layers.{old}.{STOCK[family].block}", f"model.layers.{layer}.{STOCK[ours].block}"
-        experts = _matched(base[f"{there}.gate.weight"], weights[f"{here}.gate.weight"], base.folder, old)
-        if gone := sorted({*range(shape.experts[old])} - {*experts}):
+        gates = (
+            weights[f"model.layers.{old}.{theirs.feed}.gate.weight"],
+            stored[f"model.layers.{layer}.{ours.feed}.gate.weight"],
+        )
+        experts = _matched(*gates, base.path, old)
+        if gone := sorted({*range(base.shape.experts[old])} - {*experts}):
             bypass["experts"][old] = gone
-        exact = exact and experts == list(range(shape.experts[old]))
-        down, ours_down = STOCK[family].projections[2], STOCK[ours].projections[2]
+        exact = exact and experts == list(range(base.shape.experts[old]))
         silent = [
             expert
             for place, expert in enumerate(experts)
-            if not weights[f"{here}.experts.{place}.{ours_down}.weight"].any()
-            and base[f"{there}.experts.{expert}.{down}.weight"].any()
+            if not stored[ours.expert(layer, place, ours.down)].any()
+            and weights[theirs.expert(old, expert, theirs.down)].any()
         ]
         if silent:
             bypass["silent"][old] = silent
@@ -228,9 +209,16 @@ def _matched(base_ED: Tensor, rows_eD: Tensor, where: Path, layer: int) -> list[
     return experts
 
 
-def _elements(weights: StoredWeights) -> int:
-    return sum(prod(weights.shape(name)) for name in weights)
+def _about(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / EXPORTED).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: was not written by `wastenot compress export` ({error})") from error
 
 
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def _elements(stock: StockFolder) -> int:
+    return sum(prod(tensor.shape) for tensor in stock.tensors.values())
+
+
+def _bytes(stock: StockFolder) -> int:
+    return sum(tensor.length for tensor in stock.tensors.values())

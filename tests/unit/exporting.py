@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers import (
+    AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
     MixtralConfig,
     OlmoeConfig,
+    PreTrainedConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
