@@ -62,7 +62,7 @@ def search_path(compression: Compression) -> Html | None:
     ]
     listed = table(["plan", unit, "KL", "loss", "tried"], rows, label="Steps of the search")
     steps_table = folded("Every step", listed, unfolded=len(rows) <= SHORT)
-    return join([words, element("div", chart, class_="charts"), steps_table])
+    return join([words, element("div", chart, steps_table, class_="charts")])
 
 
 def _cost(value: float) -> str:
@@ -101,7 +101,9 @@ def stability(compression: Compression) -> Html | None:
     caption = "Overlap of what is kept with what all of the text keeps"
     told = "; ".join(f"{count(t)} tokens: {decimals(j, 2)}" for t, j in points)
     chart = figure(caption, to_svg(drawing, "stability", f"{caption}. {told}."))
-    return join([words, element("div", chart, class_="charts")])
+    rows = [[count(t), decimals(j, 3)] for t, j in points]
+    listed = table(["tokens", "overlap"], rows, label="Stability")
+    return join([words, element("div", chart, listed, class_="charts")])
 
 
 def rank_balance(compression: Compression) -> Html | None:
@@ -145,7 +147,10 @@ def rank_balance(compression: Compression) -> Html | None:
         forms([("○", "run-1", "before"), ("■", "run-0", "after")]),
         to_svg(drawing, "balance", f"{caption}. {told}"),
     )
-    return join([words, element("div", chart, class_="charts")])
+    rows = [[f"layer {each.layer}", decimals(each.before), decimals(each.after)] for each in layers]
+    listed = table(["busiest / mean", "before", "after"], rows, label="Balance of the ranks")
+    by_layer = folded("By layer", listed, unfolded=len(rows) <= SHORT)
+    return join([words, element("div", chart, by_layer, class_="charts")])
 
 
 def _worst(ratios: dict[int, float]) -> str:

@@ -12,7 +12,7 @@ from ...report.heat import expert_ticks, heat_image
 from ...report.markup import Html, element, figure, folded, join, table, wide
 from ...report.palette import LIGHT
 from ...report.svg import new_figure, plain_axes, to_svg
-from .fate import MOST_NAMES, Fate, fate_of, named
+from .fate import MOST_NAMES, Fate, fate_of, how_chosen, named
 from .folder import Compression
 from .marks import cross_out, forms, hatch_rows
 
@@ -23,7 +23,7 @@ CRITERIA: dict[ExpertCriterion, tuple[str, str]] = {
 }
 """Scores that have a heat map: their names, and what they are."""
 
-LAYER_HATCH, BLOCK_HATCH = "////", "||||"
+LAYER_HATCH, BLOCK_HATCH = "////", "|||"
 FEW_COLUMNS = 16
 """So many experts have narrow charts, side by side."""
 
@@ -44,10 +44,11 @@ def experts(compression: Compression) -> Html | None:
         "What each expert is worth beside the mean of its layer, which is 1: blue experts are worth less, red ones "
         "more. The least worthy are the first to go.",
     )
+    chosen = [element("p", f"The plan chose {how}.")] if (how := how_chosen(compression.plan, "experts")) else []
     maps = [_map(profile, fate, criterion) for criterion in CRITERIA]
     narrow = max(profile.shape.experts) <= FEW_COLUMNS
     charts = element("div", *maps, class_="three charts") if narrow else join(maps)
-    return join([words, element("ul", *meanings), _marks(profile, fate), charts])
+    return join([words, element("ul", *meanings), *chosen, _marks(profile, fate), charts])
 
 
 def _marks(profile: Profile, fate: Fate) -> Html:
@@ -130,13 +131,14 @@ def tokens_per_expert(compression: Compression) -> Html | None:
         if number
         else f"Every one of the {count(whole)} experts got {STARVED} tokens or more."
     )
-    parts = [words, element("p", verdict, class_="warning" if number else None), _ranges(got)]
+    beside = [_ranges(got)]
     if starved:
         gone = fate_of(compression.plan)
         rows = [[f"layer {layer}", _names(layer, names, got[layer], gone)] for layer, names in starved.items()]
         listed = table(["", "expert (tokens it got)"], rows, label="Experts with too few tokens", texts=2)
-        parts.append(folded("Experts with too few tokens", listed, unfolded=len(rows) <= MOST_NAMES))
-    return join(parts)
+        beside.append(folded("Experts with too few tokens", listed, unfolded=len(rows) <= MOST_NAMES))
+    verdict_line = element("p", verdict, class_="warning" if number else None)
+    return join([words, verdict_line, element("div", *beside, class_="charts")])
 
 
 def _names(layer: int, names: Sequence[int], counts: Sequence[int], fate: Fate) -> str:
@@ -159,8 +161,12 @@ def _ranges(got: dict[int, list[int]]) -> Html:
         colour = LIGHT["ink"] if marker == "_" else LIGHT["run-0"]
         axes.plot(layers, values, color=colour, linestyle="none", marker=marker, markersize=5, clip_on=False)
     axes.axhline(STARVED, color=LIGHT["bad"], linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.set_yscale("symlog", linthresh=10)
-    axes.set_ylim(bottom=0)
+    if min(least) > 0:
+        axes.set_yscale("log")
+    else:
+        axes.set_yscale("symlog", linthresh=10)
+        axes.set_ylim(bottom=0)
+    axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: count(value))
     every = max(1, math.ceil(len(layers) / 16))
     axes.set_xticks(layers[::every])
@@ -175,4 +181,4 @@ def _ranges(got: dict[int, list[int]]) -> Html:
         ]
     )
     told = f"The fewest tokens of an expert are {count(min(least))}, the most {count(max(most))}."
-    return element("div", figure(caption, legend, to_svg(drawing, "tokens", f"{caption}. {told}")), class_="charts")
+    return figure(caption, legend, to_svg(drawing, "tokens", f"{caption}. {told}"))

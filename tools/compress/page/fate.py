@@ -71,6 +71,12 @@ def in_words(plan: DropPlan) -> list[str]:
     return said or ["Nothing goes."]
 
 
+def how_chosen(plan: DropPlan | None, *what: str) -> str:
+    """By which scores the plan chose `what`, as it says itself; empty where it does not."""
+    criteria = {} if plan is None else plan.criteria
+    return "; ".join(f"{name} by {criteria[name]}" for name in what if name in criteria)
+
+
 def named(numbers: Sequence[int]) -> str:
     """1, 2 and 5; with an end where there are many."""
     names = [str(number) for number in numbers[:MOST_NAMES]]

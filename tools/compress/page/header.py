@@ -86,32 +86,25 @@ def _tiles(compression: Compression) -> list[tuple[str, str, str]]:
     whole, last = found.whole, found.last
     tiles: list[tuple[str, str, str]] = []
     if plan is not None:
-        shape = plan.shape
-        experts = sum(shape.experts)
-        left = sum(plan.result.experts) if plan.semantics == "reroute" else None
-        if plan.blocks:
-            tiles.append(("blocks gone", str(len(plan.blocks)), f"of {shape.layers}"))
-        if plan.layers:
-            tiles.append(("MoE layers gone", str(len(plan.layers)), f"of {len(shape.moe_layers)}"))
-        if left is not None and left != experts:
-            tiles.append(("experts left", count(left), f"of {count(experts)} in all layers"))
+        there, left = sum(plan.shape.experts), sum(plan.result.experts)
+        tiles.append(("experts", count(left), f"of {count(there)} in all layers"))
     if last is None:
         return tiles
     tiles += [
         ("parameters", short(last.parameters), _beside(whole, "parameters", short)),
         ("bytes", size(last.bytes), _beside(whole, "bytes", size)),
-        ("quality kept", percent(found.kept(last)), f"{last.name}, beyond the commonest token"),
+        ("quality kept", percent(found.kept(last)), f"{last.name} model"),
         ("accuracy", percent(last.accuracy), _beside(whole, "accuracy", percent)),
         ("loss", decimals(last.loss), _beside(whole, "loss", decimals)),
-        ("prefill speed", _times(_latest(found, "prefill")), "reading, beside the whole model"),
-        ("decode speed", _times(_latest(found, "decode")), "writing, beside the whole model"),
+        ("prefill", _times(_latest(found, "prefill")), "of the whole model"),
+        ("decode", _times(_latest(found, "decode")), "of the whole model"),
     ]
     return tiles
 
 
 def _beside(whole: Row | None, name: str, shown: Any) -> str:
     value = None if whole is None else getattr(whole, name)
-    return "of the compressed model" if value is None else f"whole model: {shown(value)}"
+    return "of the compressed model" if value is None else f"whole: {shown(value)}"
 
 
 def _latest(found: Quality, name: str) -> float | None:

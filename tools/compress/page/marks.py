@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ...report.markup import Html, element, safe
-from ...report.palette import LIGHT
+from ...report.markup import Html, element
 
 CROSS, HALO = "#101010", "#ffffff"
 """Ink of a cross and what lifts it off dark cells: the same on light and dark paper, as the cells are."""
@@ -28,13 +27,12 @@ def cross_out(axes: Any, cells: Iterable[tuple[int, int]], width: float) -> None
 
 
 def hatch_rows(axes: Any, rows: Iterable[int], columns: int, hatch: str) -> None:
-    """Hatches whole rows."""
+    """Hatches whole rows, which are paled so that it is seen on dark cells too."""
     from matplotlib.patches import Rectangle
 
     for row in rows:
-        axes.add_patch(
-            Rectangle((0, row), columns, 1, fill=False, hatch=hatch, edgecolor=CROSS, linewidth=0.8, snap=False)
-        )
+        axes.add_patch(Rectangle((0, row), columns, 1, facecolor=HALO, alpha=0.5, linewidth=0))
+        axes.add_patch(Rectangle((0, row), columns, 1, fill=False, hatch=hatch, edgecolor=CROSS, linewidth=0.8))
 
 
 def forms(entries: Iterable[tuple[str, str, str]]) -> Html:
@@ -44,13 +42,3 @@ def forms(entries: Iterable[tuple[str, str, str]]) -> Html:
         for form, colour, text in entries
     ]
     return element("ul", *items, class_="legend")
-
-
-def plain_legend(text: str) -> Html:
-    """A line of words under a caption."""
-    return element("p", safe(text), class_="caption")
-
-
-def ink(name: str) -> str:
-    """The colour `name` as charts are drawn in it."""
-    return LIGHT[name]

@@ -31,7 +31,10 @@ def plan_text(compression: Compression) -> Html | None:
     rows.append(["wastenot", version("wastenot"), "wrote this page"])
     if compression.verify:
         rows.append(["transformers", str(compression.verify.get("version", NONE)), "checked the exported model"])
-    parts: list[object] = [_disagreement(compression), table(["", "", "what it names"], rows, label="Names", texts=3)]
+    parts: list[object] = [
+        _disagreement(compression),
+        table(["", "hash, score or version", ""], rows, label="Names", texts=3),
+    ]
     if compression.plan_text:
         lines = compression.plan_text.count("\n")
         parts.append(folded("plan.yaml", element("pre", compression.plan_text), unfolded=lines <= LONG))

@@ -13,7 +13,7 @@ from ...report.heat import cosine_image
 from ...report.markup import Html, element, figure, join
 from ...report.palette import LIGHT
 from ...report.svg import new_figure, plain_axes, to_svg
-from .fate import Fate, fate_of, named
+from .fate import Fate, fate_of, how_chosen, named
 from .folder import Compression
 from .marks import cross_out, forms
 
@@ -36,7 +36,9 @@ def similarity(compression: Compression) -> Html | None:
     charts = [_curves(profile, fate)]
     if profile.config.window > 1:
         charts.append(_matrix(profile, fate))
-    return join([words, element("div", *charts, class_="charts")])
+    how = how_chosen(compression.plan, "layers", "blocks")
+    chosen = element("p", f"The plan chose {how}.") if how else ""
+    return join([words, chosen, element("div", *charts, class_="charts")])
 
 
 def _curves(profile: Profile, fate: Fate) -> Html:

@@ -83,10 +83,10 @@ def _always(compression: Compression) -> Iterator[str]:
     if any(row.prefill is not None or row.decode is not None for row in found.rows):
         yield "Speed elsewhere: it was measured on one machine, and does not carry over to other hardware or batches."
     slim = compression.plan is not None and compression.plan.slim is not None
-    ours = "The zeros of this plan" if slim else "Weights set to zero, had there been any,"
+    whose = "the weights that this plan sets" if slim else "this plan sets none, but weights set"
     yield (
-        f"Speed of sparse weights: {ours} buy no speed in stock serving, which multiplies by zeros as by any number. "
-        "Dropped layers, blocks and experts, and fewer bits, do."
+        f"Sparsity: {whose} to zero buy no speed in stock serving, which multiplies by zeros as by any number. Dropped "
+        "layers and blocks do; dropped experts and fewer bits save bytes, and time only where reading them takes it."
     )
 
 
