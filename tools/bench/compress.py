@@ -241,7 +241,7 @@ def _notes(quick: bool, run: Path, tokens: int, unigram: float, whole: Quality, 
         "same size that keep more; parameters and bytes are those of weights, in fp32 unless said",
         f"{count} of {layers} blocks are to this model what {PUBLISHED_BLOCKS} of {PUBLISHED_OF} are to Mixtral-8x7B",
         "reads and writes: tokens/s of one prompt of 128 tokens, and one by one after it, over the whole model's on "
-        "the same backend (ours, fp32). The paper's 6.05x compares 4-bit kernels with an eager loop over experts in bf16; "
+        "the same backend (ours, fp32). The paper's 6.05x is of 4-bit kernels over an eager loop in bf16; "
         "the row of transformers' eager backend says how much of such a ratio is the backend",
         "zeros save neither bytes nor time here: no stock kernel reads them",
     ]
