@@ -21,7 +21,7 @@ from ..norm import RMSNorm
 from ..router import TopKRouter
 from .fingerprint import run_fingerprint
 from .places import NATIVE, place_of
-from .reading import chosen_experts, most_choices, share_of, size_of
+from .reading import chosen_experts, most_choices, read_whole, share_of, size_of, whole_shapes
 from .shapes import shape_of_model
 from .streamed import Choice, ExpertWeights, LayerSize
 
@@ -110,11 +110,9 @@ class NativeModel:
         wanted = dict(self._outside)
         for number in range(self.shape.layers):
             wanted |= self._shapes(number)
-        found = {
-            name.removeprefix(_MODEL): entry.shape
-            for name, entry in self._manifest.tensors.items()
-            if name.startswith(_MODEL)
-        }
+        weights = {n.removeprefix(_MODEL): e for n, e in self._manifest.tensors.items() if n.startswith(_MODEL)}
+        packed = {name for name, entry in weights.items() if entry.dtype == torch.uint8}
+        found = whole_shapes({name: entry.shape for name, entry in weights.items()}, packed)
         shared = sorted(wanted.keys() & found.keys())
         problems = {
             "misses": sorted(wanted.keys() - found.keys()),
@@ -223,4 +221,7 @@ class NativeModel:
             return _Parts(self.config, router, number, num_experts, feed and self.config.has_ffn(number))
 
     def _read(self, name: str, experts: Sequence[int] | None = None) -> Tensor:
-        return read_tensor(self.path, self._manifest, _MODEL + name, experts).to(self.device, torch.float32)
+        def read(name: str) -> Tensor:
+            return read_tensor(self.path, self._manifest, name, experts)
+
+        return read_whole(_MODEL + name, self._manifest.tensors, read).to(self.device, torch.float32)

@@ -1,18 +1,24 @@
-"""What of a layer is read, whoever stored it: which experts, for how many choices, and how large it is."""
+"""What of a layer is read, whoever stored it: which experts, for how many choices, how large, in how many bits."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+
+from torch import Tensor
 
 from ...parallel.expert import local_experts
 from ...parallel.mesh import Axis
 from .places import Place
 from .plan import Shape
+from .quantize import dequantize
 from .streamed import LayerSize
 
-__all__ = ["chosen_experts", "most_choices", "share_of", "size_of"]
+__all__ = ["chosen_experts", "most_choices", "read_whole", "share_of", "size_of", "whole_shapes"]
+
+_CODES, _SCALES = ".q", ".scale"
+"""What follows the name of a weight in those of the two tensors that stand for it in few bits (quantize.py)."""
 
 
 def chosen_experts(
@@ -72,3 +78,21 @@ def size_of(tensors: Mapping[Place, Sequence[int]], experts: int) -> LayerSize:
         num_experts=experts,
         hidden=hidden,
     )
+
+
+def whole_shapes(stored: Mapping[str, Sequence[int]], packed: Container[str]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of weights, those in few bits as they are whole. `packed`: tensors with two codes in a byte."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in stored.items():
+        if (weight := name.removesuffix(_CODES)) != name and weight + _SCALES in stored:
+            shapes[weight] = (*shape[:-1], shape[-1] * (2 if name in packed else 1))
+        elif not (name.endswith(_SCALES) and name.removesuffix(_SCALES) + _CODES in stored):
+            shapes[name] = tuple(shape)
+    return shapes
+
+
+def read_whole(name: str, stored: Container[str], read: Callable[[str], Tensor]) -> Tensor:
+    """The weight `name`, in few bits or not, from tensors that `read` gives by their names."""
+    if name + _CODES not in stored:
+        return read(name)
+    return dequantize(read(name + _CODES), read(name + _SCALES))

@@ -25,7 +25,7 @@ from ..adapters.huggingface import StoredWeights
 from .families import MODULES, FamilyModules
 from .fingerprint import stock_fingerprint
 from .places import Place, name_of, places_of
-from .reading import chosen_experts, most_choices, share_of, size_of
+from .reading import chosen_experts, most_choices, read_whole, share_of, size_of, whole_shapes
 from .shapes import shape_of_config
 from .stored import StockFolder, read_stock
 from .streamed import Choice, ExpertWeights, LayerSize
@@ -92,7 +92,7 @@ class StockModel:
     """See `StreamedModel`; layers are read from safetensors in the family's names."""
 
     def __init__(self, folder: Path | str, device: torch.device | str = "cpu") -> None:
-        """Raises ValueError where `folder` is no checkpoint of a known family, is not whole, or is stored quantized;
+        """Raises ValueError where `folder` is no checkpoint of a known family, is not whole, or others quantized it;
         ImportError where transformers is missing."""
         self.folder, self.device = Path(folder), torch.device(device)
         self._stock = read_stock(self.folder)
@@ -102,9 +102,11 @@ class StockModel:
         self.config, self._classes = _in_transformers(self._stock.config, self.family)
         self.d_model, self.vocab_size = int(self.config.hidden_size), int(self.config.vocab_size)
         self._rotary = self._class("RotaryEmbedding")(config=self.config).to(self.device)
-        self._places = places_of(self._stock.tensors, self.family, self.shape.layers)
-        self._stored = StoredWeights(self.folder)
-        if missing := sorted({_EMBEDDING, _NORM, self._head} - self._stored.keys()):
+        self._stored, tensors = StoredWeights(self.folder), self._stock.tensors
+        packed = {name for name, tensor in tensors.items() if tensor.dtype == "U8"}
+        self._shapes = whole_shapes({name: tensor.shape for name, tensor in tensors.items()}, packed)
+        self._places = places_of(self._shapes, self.family, self.shape.layers)
+        if missing := sorted({_EMBEDDING, _NORM, self._head} - self._shapes.keys()):
             raise ValueError(f"{self.folder}: misses {some(missing)}")
 
     @property
@@ -167,11 +169,8 @@ class StockModel:
     @property
     def outside_size(self) -> int:
         """See `StreamedModel`."""
-        return sum(
-            torch.Size(self._stock.tensors[name].shape).numel()
-            for name, place in self._places.items()
-            if place.part == "outside"
-        )
+        outside = (name for name, place in self._places.items() if place.part == "outside")
+        return sum(torch.Size(self._shapes[name]).numel() for name in outside)
 
     @property
     def element_bytes(self) -> int:
@@ -181,7 +180,7 @@ class StockModel:
 
     def size(self, number: int) -> LayerSize:
         """See `StreamedModel`."""
-        shapes = {place: self._stock.tensors[name].shape for name, place in self._inside(number).items()}
+        shapes = {place: self._shapes[name] for name, place in self._inside(number).items()}
         return size_of(shapes, self.shape.experts[number])
 
     def _inside(self, number: int) -> dict[str, Place]:
@@ -229,21 +228,21 @@ class StockModel:
 
     def _experts(self, number: int, chosen: Sequence[int]) -> ExpertWeights:
         """Their stacks, read expert by expert."""
-        F_, D = self._stock.tensors[self._expert_name(number, chosen[0], "gate")].shape
+        F_, D = self._shapes[self._expert_name(number, chosen[0], "gate")]
         gate_up, down = torch.empty(len(chosen), 2 * F_, D), torch.empty(len(chosen), D, F_)
         for place, expert in enumerate(chosen):
             parts = {"gate": gate_up[place, :F_], "up": gate_up[place, F_:], "down": down[place]}
             for part, into in parts.items():
                 name = self._expert_name(number, expert, part)
-                stored = self._stored[name]
-                if stored.shape != into.shape:
-                    raise ValueError(f"{self.folder}: {name} is {list(stored.shape)}, not {list(into.shape)}")
-                into.copy_(stored)
+                if self._shapes[name] != into.shape:
+                    raise ValueError(f"{self.folder}: {name} is {list(self._shapes[name])}, not {list(into.shape)}")
+                into.copy_(read_whole(name, self._stored, self._stored.__getitem__))
         return ExpertWeights(gate_up.to(self.device), down.to(self.device))
 
     def _read(self, name: str) -> Tensor:
         # A copy: where the file lies in memory, products would depend on how the file aligns its tensors.
-        return self._stored[name].to(self.device, torch.float32, copy=True)
+        stored = read_whole(name, self._stored, self._stored.__getitem__)
+        return stored.to(self.device, torch.float32, copy=True)
 
     def _around(self, number: int) -> _Around:
         """Of the layer: tokens [B, S, D] -> their mask and rotary table."""
@@ -274,7 +273,7 @@ def _check_config(stock: StockFolder) -> None:
     """Raises ValueError where the configuration asks for what is not computed here, or the layers are not its own."""
     config, file = stock.config, stock.config_file
     if config.get("quantization_config") is not None:
-        raise ValueError(f"{file}: quantization_config: stores quantized weights; give the model in bf16 or fp32")
+        raise ValueError(f"{file}: quantization_config: others quantized the weights; give the model in bf16 or fp32")
     if config.get("per_layer_config"):
         raise ValueError(f"{file}: per_layer_config: makes layers differ, which transformers ignores; remove it")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):

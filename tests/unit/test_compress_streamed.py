@@ -36,12 +36,14 @@ from wastenot.launch.saved_run import open_run, write_run
 from wastenot.launch.streamed import open_streamed
 from wastenot.launch.tokenizer import byte_tokenizer
 from wastenot.moe.adapters.huggingface import StoredWeights
+from wastenot.moe.compress.change import weight_change
 from wastenot.moe.compress.families import MODULES
 from wastenot.moe.compress.forward import moe_output, run_layers
 from wastenot.moe.compress.native import NativeModel
 from wastenot.moe.compress.open import open_model
 from wastenot.moe.compress.places import FAMILIES
-from wastenot.moe.compress.plan import DropPlan, Shape
+from wastenot.moe.compress.plan import DropPlan, Quantize, Shape
+from wastenot.moe.compress.quantize import dequantize, nearest
 from wastenot.moe.compress.stored import COMPRESSED
 from wastenot.moe.compress.streamed import StreamedModel
 from wastenot.moe.config import ModelConfig, MoEConfig, RectifyConfig, RouterConfig
@@ -430,6 +432,29 @@ def with_weights(folder: Path, change: Callable[[dict[str, Tensor]], Mapping[str
     return folder
 
 
+def few_bits(source: Path, target: Path, bits: int) -> StreamedModel:
+    """What quantizing `source` leaves, read again."""
+    model = open_streamed(source)
+    plan = DropPlan(base=model.fingerprint, shape=model.shape, quantize=Quantize(bits=bits, group=16))
+    apply_plan(source, target, plan, transform=weight_change(plan))
+    return open_streamed(target)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_folder_in_few_bits_is_its_weights_formed_again(bits: int, stock, tmp_path: Path) -> None:
+    folder, _ = stock("mixtral")
+    found, whole = few_bits(folder, tmp_path / "few", bits), open_model(folder)
+    stored = load_file(tmp_path / "few" / "model.safetensors")
+    for name in [name for name in stored if name.endswith(".q")]:
+        weight = name.removesuffix(".q")
+        stored[weight] = dequantize(stored.pop(name), stored.pop(f"{weight}.scale"))
+    save_file(stored, copy_of(folder, tmp_path / "again") / "model.safetensors")
+    assert difference(native_logits(found), streamed_logits(tmp_path / "again")) == 0
+    assert difference(native_logits(found), native_logits(whole)) > 0
+    assert [found.size(number) for number in range(4)] == [whole.size(number) for number in range(4)]
+    assert (found.outside_size, found.element_bytes) == (whole.outside_size, whole.element_bytes)
+
+
 def test_a_fingerprint_tells_weights_and_configurations_apart(stock, tmp_path: Path) -> None:
     folder, _ = stock("mixtral")
     same = copy_of(folder, tmp_path / "same")
@@ -478,7 +503,7 @@ def test_what_does_not_fit_the_configuration_is_refused(change: Any, message: st
     ("config", "message"),
     [
         ({"model_type": "bert"}, "model_type: 'bert' cannot be compressed; supported are mixtral, "),
-        ({"quantization_config": {"quant_method": "fp8"}}, "stores quantized weights; give the model in bf16"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "others quantized the weights; give the model in bf16"),
         ({"per_layer_config": {"1": {"skip": ["mlp"]}}}, "per_layer_config: makes layers differ"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not the 'silu'"),
     ],
@@ -545,6 +570,7 @@ def test_transformers_is_needed_for_its_checkpoints_alone(stock, monkeypatch: py
 SMALL = ModelConfig(vocab_size=257, d_model=48, layers=4, heads=4, init_std=0.2)
 RUNS: dict[str, tuple[ModelConfig, RouterConfig]] = {
     "plain": (replace(SMALL, moe=MoEConfig(experts=6, d_expert=24)), RouterConfig(normalize="none")),
+    "few": (replace(SMALL, moe=MoEConfig(experts=6, d_expert=32)), RouterConfig()),
     "capacity": (
         replace(SMALL, qk_norm="full", tie_embeddings=True, moe=MoEConfig(experts=6, d_expert=24, every=2)),
         RouterConfig(top_k=3, capacity_factor=0.5, jitter=0.1, rectify=RectifyConfig(intra=True, fill=True)),
@@ -649,6 +675,19 @@ def test_an_applied_run_is_the_plan(case: str, semantics: str, run, tmp_path: Pa
     assert model.shape == plan.result
     assert difference(native_logits(model), native_logits(open_streamed(folder), plan)) == 0
     assert difference(native_logits(model), dropless_logits(open_run(tmp_path / "less").model)) < SAME
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_run_in_few_bits_is_its_weights_formed_again(bits: int, run, tmp_path: Path) -> None:
+    folder, _ = run("few")
+    found, whole = few_bits(folder, tmp_path / "few", bits), open_streamed(folder)
+    assert difference(native_logits(found), native_logits(whole)) > 0
+    assert [found.size(number) for number in range(4)] == [whole.size(number) for number in range(4)]
+    experts, before = found.layer(2, kept=(4, 1)).experts, whole.layer(2, kept=(4, 1)).experts
+    assert experts is not None and before is not None
+    for name in ("gate_up", "down"):
+        formed = dequantize(*nearest(getattr(before, name), Quantize(bits=bits, group=16)))
+        assert torch.equal(getattr(experts, name), formed)
 
 
 def test_d12_a_router_of_ours_chooses_no_more_experts_than_are_kept(run) -> None:
