@@ -84,10 +84,6 @@ class StoredWeights(Mapping[str, Tensor]):
         """Shape of a tensor, without reading it."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
-    def dtype_bytes(self, name: str) -> int:
-        """Bytes of an element of a tensor, by its first row."""
-        return self._files[name].get_slice(name)[:1].element_size()
-
 
 @dataclass(frozen=True)
 class _Home:

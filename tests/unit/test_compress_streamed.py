@@ -38,7 +38,7 @@ from wastenot.launch.tokenizer import byte_tokenizer
 from wastenot.moe.adapters.huggingface import StoredWeights
 from wastenot.moe.compress.change import weight_change
 from wastenot.moe.compress.families import MODULES
-from wastenot.moe.compress.forward import moe_output, run_layers
+from wastenot.moe.compress.forward import block_output, moe_output, read_planned, run_layers
 from wastenot.moe.compress.native import NativeModel
 from wastenot.moe.compress.open import open_model
 from wastenot.moe.compress.places import FAMILIES
@@ -328,8 +328,29 @@ def test_d12_a_router_chooses_no_more_experts_than_are_kept(case: str, stock) ->
     torch.testing.assert_close(choice.probs_TE.sum(-1), torch.ones(11))
 
 
+@pytest.mark.parametrize("case", ["qwen2_moe", "deepseek_v3"])
+def test_d9_a_layer_without_experts_only_attends(case: str, stock) -> None:
+    model = open_model(stock(case)[0])
+    layer = read_planned(model, 2, plan_for(model.shape, layers=(2,)), (0, 1))
+    h_BSD = torch.randn(2, 5, 48)
+    a_BSD, b_BSD = block_output(layer, h_BSD, single())
+    assert torch.equal(a_BSD, model.layer(2).attend(h_BSD))
+    assert torch.equal(b_BSD, a_BSD)
+
+
+@pytest.mark.parametrize("case", ["qwen2_moe", "deepseek_v3"])
+def test_d13_a_router_keeps_the_rows_of_skipped_experts(case: str, stock) -> None:
+    model = open_model(stock(case)[0])
+    plan = plan_for(model.shape, experts={2: gone_of(model.shape)}, semantics="skip")
+    x_TD = torch.randn(9, 48)
+    found, whole = read_planned(model, 2, plan, (0, 1)).route(x_TD), model.layer(2).route(x_TD)
+    assert torch.equal(found.probs_TE, whole.probs_TE)
+    assert torch.equal(found.experts_TK, whole.experts_TK)
+    assert torch.equal(found.weights_TK, whole.weights_TK)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_no_tokens_are_no_rows(case: str, stock) -> None:
+def test_d6_no_tokens_are_no_rows(case: str, stock) -> None:
     layer = open_model(stock(case)[0]).layer(3)
     x_TD = torch.zeros(0, 48)
     seen = []
