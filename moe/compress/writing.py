@@ -84,7 +84,7 @@ def output(source: str, name: str, place: Place | None, found: Fate, shape: Sequ
     rows, there = found.rows, found.place
     here = tuple(shape) if rows is None else (len(rows), *shape[1:])
     order = (-1 if there.layer is None else there.layer, -1 if there.expert is None else there.expert)
-    return Output(source, name, place, here, here, num_bytes // max(1, *shape[:1]), order, rows, 0, found.zeroed)
+    return Output(source, name, place, here, here, num_bytes // max([1, *shape[:1]]), order, rows, 0, found.zeroed)
 
 
 def in_order(each: Output) -> tuple[bool, tuple[int, int], str]:
