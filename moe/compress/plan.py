@@ -257,6 +257,12 @@ def _check(plan: DropPlan) -> None:
         gone = plan.experts.get(layer, ()) if plan.semantics == "reroute" else ()
         if sorted(order) != [expert for expert in range(shape.experts[layer]) if expert not in gone]:
             raise ValueError(f"order.{layer}: {_list(order)} is no order of the experts that stay in that layer")
+        width, each = shape.experts[layer] // shape.groups, max(1, len(order) // shape.groups)
+        if shape.groups > 1 and any(expert // width != place // each for place, expert in enumerate(order)):
+            raise ValueError(
+                f"order.{layer}: {_list(order)} moves experts between the {shape.groups} groups of the router, which "
+                "changes what it chooses; reorder inside groups only"
+            )
 
 
 def _check_experts(plan: DropPlan, layer: int, gone: tuple[int, ...]) -> None:
