@@ -190,10 +190,14 @@ def _said_by_family(config: ModelConfig, router: RouterConfig) -> tuple[ModelCon
     if moe is None:
         raise ValueError("model.moe: null has no experts; use `wastenot convert to-hf`")
     plain = replace(config, moe=replace(moe, per_layer=(), dense=(), every=1, first_dense=0))
-    if config.qk_norm != "none":
-        return plain, "qwen3_moe" if config.qk_norm == "head" else "olmoe"
-    has_dense = any(map(config.is_dense, range(config.layers)))
-    return plain, "deepseek" if moe.shared_experts or has_dense or router.normalize == "none" else "mixtral"
+    dense = [layer for layer in range(config.layers) if config.is_dense(layer)]
+    if config.qk_norm == "head":
+        return plain, "qwen3_moe"
+    if config.qk_norm == "full":
+        if dense:
+            raise ValueError(f"model.moe: layers {dense} are dense; all of the olmoe family have experts")
+        return plain, "olmoe"
+    return plain, "deepseek" if moe.shared_experts or dense or router.normalize == "none" else "mixtral"
 
 
 def _companions(folder: Path) -> tuple[Path, ...]:

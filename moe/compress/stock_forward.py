@@ -87,14 +87,8 @@ def _bypass(model: Any, order: dict[str, Any]) -> None:
             self.gone = gone
 
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is not F.linear:
-                return func(*args, **(kwargs or {}))
-            x_TD, weight_ED = args
-            kept = [expert for expert in range(weight_ED.size(0)) if expert not in self.gone]
-            # With as many rows as are left, since their number decides how a matrix product rounds.
-            logits_TE = x_TD.new_full((*x_TD.shape[:-1], weight_ED.size(0)), float("-inf"))
-            logits_TE[..., kept] = func(x_TD, weight_ED[kept])
-            return logits_TE
+            out = func(*args, **(kwargs or {}))
+            return out.index_fill(-1, self.gone, float("-inf")) if func is F.linear else out
 
     def masked(forward: Any, gone: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -109,7 +103,7 @@ def _bypass(model: Any, order: dict[str, Any]) -> None:
     for layer in order["feeds"]:
         layers[layer].mlp.register_forward_hook(lambda module, args, out: _like(out, torch.zeros_like(args[0])))
     for layer, experts in order["experts"].items():
-        gate, gone = layers[int(layer)].mlp.gate, list(experts)
+        gate, gone = layers[int(layer)].mlp.gate, torch.tensor(experts)
         gate.forward = masked(gate.forward, gone)
         if hasattr(gate, "e_score_correction_bias"):
             # A score of 0 plus a bias could still win.

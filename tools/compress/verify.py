@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against",
         type=Path,
         metavar="SOURCE",
-        help="the stock folder that was compressed, of which what was dropped is bypassed; or the run that was exported",
+        help="the stock folder that was compressed, with what was dropped bypassed; or the run that was exported",
     )
     parser.add_argument(
         "--python", default=sys.executable, metavar="FILE", help="another interpreter, to try its transformers"
