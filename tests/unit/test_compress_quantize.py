@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +15,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from stock_models import CONFIGS, save_stock
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from wastenot.launch.config import DataConfig, LogConfig, LoopConfig, ScheduleConfig, TrainConfig
 from wastenot.launch.run_folder import RunFolder
 from wastenot.launch.saved_run import open_run, write_run
 from wastenot.launch.settings import as_mapping
 from wastenot.launch.tokenizer import byte_tokenizer
+from wastenot.moe.adapters.huggingface import StoredWeights
+from wastenot.moe.compress.apply import apply_plan
 from wastenot.moe.compress.change import weight_change
+from wastenot.moe.compress.export_quantized import export_quantized, is_quantized, packed_tensors
+from wastenot.moe.compress.fingerprint import checkpoint_fingerprint
 from wastenot.moe.compress.places import NATIVE, Place, places_of
 from wastenot.moe.compress.plan import DropPlan, Method, Quantize, Shape, Slim
 from wastenot.moe.compress.profile import Profile, ProfileConfig
@@ -34,6 +43,7 @@ from wastenot.moe.compress.quantized import (
     quantize_decoder_,
 )
 from wastenot.moe.compress.slim import slim
+from wastenot.moe.compress.stored import read_stock
 from wastenot.moe.config import ModelConfig, MoEConfig, RouterConfig
 from wastenot.moe.decoder import Decoder, build_decoder
 from wastenot.moe.experts import GroupedExperts
@@ -430,3 +440,96 @@ def test_what_a_plan_needs_of_a_profile_is_asked_for_before_anything_is_changed(
         change(Place(1, "attention", "q"), "w", torch.ones(32, 32).to(torch.float8_e4m3fn))
     with pytest.raises(ValueError, match="w: group: 32 does not divide the 48 inputs"):
         change(Place(1, "attention", "q"), "w", torch.ones(32, 48))
+
+
+WIDE = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+}
+"""Of stock models whose weights have groups of 32 inputs."""
+
+
+def stock_in_few_bits(family: str, how: Quantize, home: Path) -> tuple[Path, Path]:
+    """A stock model, and what apply makes of it."""
+    known = CONFIGS[family].to_dict()
+    sizes: dict[str, Any] = {key: value for key, value in WIDE.items() if key in known}
+    whole = save_stock(family, home / "whole", **sizes)
+    (whole / "tokenizer.json").write_text("{}")
+    plan = DropPlan(base=checkpoint_fingerprint(whole), shape=read_stock(whole).shape, quantize=how)
+    apply_plan(whole, home / "few", plan, transform=weight_change(plan), shard_bytes=100_000)
+    return whole, home / "few"
+
+
+@pytest.mark.parametrize("how", [FOUR, EIGHT], ids=["4", "8"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_stock_export_holds_the_same_codes_in_the_order_of_compressed_tensors(
+    family: str, how: Quantize, tmp_path: Path
+) -> None:
+    """Unpacked bit by bit, as the layout says: code i of a word from bit i * bits on, moved up by half the range."""
+    _, few = stock_in_few_bits(family, how, tmp_path)
+    assert is_quantized(few)
+    export_quantized(few, tmp_path / "out")
+    stored, made = StoredWeights(few), StoredWeights(tmp_path / "out")
+    names = [name.removesuffix(".q") for name in stored if name.endswith(".q")]
+    assert {name for name in made if name.endswith("_packed")} == {f"{name}_packed" for name in names}
+    for name in names:
+        words, per_word = made[f"{name}_packed"].numpy().view("uint32"), 32 // how.bits
+        codes = [
+            [(int(word) >> how.bits * i) % 2**how.bits - 2 ** (how.bits - 1) for word in row for i in range(per_word)]
+            for row in words[:2]
+        ]
+        expected = dequantize(stored[f"{name}.q"], stored[f"{name}.scale"])
+        scale = made[f"{name}_scale"]
+        assert scale.dtype == torch.float32
+        assert made[f"{name}_shape"].tolist() == list(expected.shape)
+        found = torch.tensor(codes).unflatten(-1, (scale.size(-1), -1)) * scale[:2].unsqueeze(-1)
+        assert torch.equal(found.flatten(-2), expected[:2])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    gates = {name for name in config["ignore"] if "gate" in name.split(".")[-1]}
+    assert gates == {name.removesuffix(".weight") for name in made if name.endswith("gate.weight")}
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert not is_quantized(tmp_path / "whole")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="needs compressed-tensors")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", [FOUR, EIGHT], ids=["4", "8"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_stock_export_loads_in_stock_transformers_and_computes_the_same(
+    family: str, how: Quantize, tmp_path: Path
+) -> None:
+    whole, few = stock_in_few_bits(family, how, tmp_path)
+    export_quantized(few, tmp_path / "out")
+    stored, weights = StoredWeights(few), dict(StoredWeights(whole))
+    for name in weights:
+        if f"{name}.q" in stored:
+            weights[name] = dequantize(stored[f"{name}.q"], stored[f"{name}.scale"])
+    save_file(weights, whole / "model.safetensors", {"format": "pt"})
+    expected = AutoModelForCausalLM.from_pretrained(whole).eval()
+    model, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told.values()), told
+    tokens = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens).logits, expected(tokens).logits)
+
+
+def test_what_cannot_be_exported_in_few_bits_is_refused(tmp_path: Path) -> None:
+    whole, few = stock_in_few_bits("mixtral", FOUR, tmp_path)
+    with pytest.raises(ValueError, match="holds no weights in few bits; apply a plan with `quantize` first"):
+        export_quantized(whole, tmp_path / "out")
+    plan = DropPlan(base=checkpoint_fingerprint(whole), shape=read_stock(whole).shape, blocks=(1,), quantize=FOUR)
+    apply_plan(whole, tmp_path / "cut", plan, transform=weight_change(plan))
+    with pytest.raises(ValueError, match="export what is cut, then quantize that"):
+        export_quantized(tmp_path / "cut", tmp_path / "out")
+    with pytest.raises(ValueError, match="w: 12 inputs fill no whole int32 of 8 codes"):
+        packed_tensors("w", torch.zeros(2, 6, dtype=torch.uint8), torch.ones(2, 1), torch.float32)
+    assert not (tmp_path / "out").exists()
+    export_quantized(few, tmp_path / "out")
+    with pytest.raises(ValueError, match="exists; name a new folder"):
+        export_quantized(few, tmp_path / "out")
