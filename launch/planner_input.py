@@ -69,7 +69,7 @@ def shape_of(config: TrainConfig, name: str = "model") -> ModelShape:
     """
     model, moe = config.model, config.model.moe
     if differing := unlike_layers(model):
-        raise ValueError(f"model.moe.per_layer: {differing}, which is not modelled; use equal ones")
+        raise ValueError(f"model.moe.per_layer: {differing}; dense ones and equal MoE ones alone are modelled")
     experts = None
     if moe is not None and model.expert_counts:
         experts = Experts(

@@ -84,7 +84,7 @@ def figures_of(load_LE: Tensor, experts: Sequence[int] | None = None) -> Tensor:
     L, E = load_LE.shape
     share_LE = shares(load_LE)
     # Without waiting for what the device still has to do.
-    own_L = torch.tensor(experts or [E] * L).to(load_LE.device, non_blocking=True)
+    own_L = torch.tensor(experts or [E] * L, dtype=torch.float64).to(load_LE.device, non_blocking=True)
     is_own_LE = torch.arange(E, device=load_LE.device) < own_L.unsqueeze(1)
     mean_L1 = share_LE.sum(1, keepdim=True) / own_L.unsqueeze(1)
     deviation_L = (((share_LE - mean_L1) * is_own_LE).square().sum(1) / own_L).sqrt()

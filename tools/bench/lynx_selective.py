@@ -26,7 +26,8 @@ def keep_products(model: Decoder) -> None:
     for block in model.blocks:
         assert isinstance(block, Block)
         _checkpoint(block.attention)
-        _checkpoint(block.ffn.experts if isinstance(block.ffn, MoELayer) else block.ffn)
+        if block.ffn is not None:
+            _checkpoint(block.ffn.experts if isinstance(block.ffn, MoELayer) else block.ffn)
 
 
 def _checkpoint(module: nn.Module) -> None:

@@ -25,6 +25,7 @@ from ...moe.decoder import Block, initialiser
 from ...moe.dispatcher import DispatchHandle
 from ...moe.feedforward import SwiGLU
 from ...moe.layer import MoELayer
+from ...moe.norm import RMSNorm
 from ...moe.router import route
 from ...moe.skew import balanced_logits, zipf_logits
 from ...parallel.apply import parallelize
@@ -101,10 +102,12 @@ class TimedLayer:
             x_BSD = tape.leaf(self.x_BSD)
             tape.start()
             (y_BSD,) = self._attention(tape, x_BSD)
-            if isinstance(self.block.ffn, MoELayer):
-                self._moe(tape, y_BSD, self.block.ffn)
+            norm, ffn = self.block.ffn_norm, self.block.ffn
+            assert norm is not None and ffn is not None, "no kind of layer only attends"
+            if isinstance(ffn, MoELayer):
+                self._moe(tape, y_BSD, norm, ffn)
             else:
-                self._dense(tape, y_BSD, self.block.ffn)
+                self._dense(tape, y_BSD, norm, ffn)
         tape.backward(self.grad_BSD)
         return _without_counts(tape.seconds(), waits.take("dispatch-counts"))
 
@@ -154,16 +157,16 @@ class TimedLayer:
         (hidden,) = tape.step(f"{prefix}activation", lambda gate, up: F.silu(gate) * up, gate, up)
         return tape.step(f"{prefix}down", ffn.down, hidden, of=[ffn.down])
 
-    def _dense(self, tape: Tape, x_BSD: Tensor, ffn: SwiGLU) -> None:
-        (h_BSD,) = tape.step("norm 2", self.block.ffn_norm, x_BSD, of=[self.block.ffn_norm])
+    def _dense(self, tape: Tape, x_BSD: Tensor, norm: RMSNorm, ffn: SwiGLU) -> None:
+        (h_BSD,) = tape.step("norm 2", norm, x_BSD, of=[norm])
         (y_BSD,) = self._swiglu(tape, h_BSD, ffn, "")
         tape.step("residual 2", lambda x, y: x + y.to(x.dtype), x_BSD, y_BSD)
 
-    def _moe(self, tape: Tape, x_BSD: Tensor, ffn: MoELayer) -> None:
+    def _moe(self, tape: Tape, x_BSD: Tensor, norm: RMSNorm, ffn: MoELayer) -> None:
         dispatcher, axis, recorder = ffn.dispatcher, self.mesh.expert, self.mesh.recorder
         backend, router, experts = dispatcher.backend, ffn.router, ffn.experts
         forced_TE = self._logits(x_BSD.shape[0] * x_BSD.shape[1], ffn)
-        (h_TD,) = tape.step("norm 2", lambda x: self.block.ffn_norm(x).flatten(0, -2), x_BSD, of=[self.block.ffn_norm])
+        (h_TD,) = tape.step("norm 2", lambda x: norm(x).flatten(0, -2), x_BSD, of=[norm])
         (logits_TE,) = tape.step("router", lambda h: self._gate(h, ffn), h_TD, of=[router], replaced=forced_TE)
         handles: list[DispatchHandle] = []
 
