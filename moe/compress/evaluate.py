@@ -69,13 +69,9 @@ class Evaluator:
         return self._judge(self._run(plan, first, self._before[first])[-1])
 
     @torch.no_grad()
-    def quality_of(self, logits: Callable[[Tensor], Tensor]) -> Quality:
-        """Of any other model of the same vocabulary: token ids [B, S] -> scores of the next token [B, S, V]."""
-
-        def scores(at: slice, counts_BS: Tensor) -> Tensor:
-            return logits(self.text.tokens_NS[at].to(self.mesh.device))[:, :-1][counts_BS]
-
-        return self._compared(scores)
+    def quality_of(self, logits: Callable[[slice], Tensor]) -> Quality:
+        """Of any other model of the same vocabulary: which windows of `text` -> scores of the next token [B, S, V]."""
+        return self._compared(lambda at, counts_BS: logits(at)[:, :-1][counts_BS])
 
     @torch.no_grad()
     def stand_at(self, plan: DropPlan) -> None:

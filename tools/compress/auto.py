@@ -21,15 +21,18 @@ from ...launch.run_folder import RunFolder, write_atomically
 from ...launch.streamed import open_streamed
 from ...moe.compress.change import weight_change
 from ...moe.compress.evaluate import Evaluator
+from ...moe.compress.export import export
 from ...moe.compress.fingerprint import checkpoint_fingerprint
 from ...moe.compress.plan import DropPlan, read_plan, write_plan
 from ...moe.compress.profile import Profile, ProfileConfig, measure, profile
-from . import export, recover, verify
+from . import recover
+from .export import source_of
 from .page.folder import read_compression
 from .page.page import FILE_NAME, write_page
 from .plan import add_choice_arguments, choose
 from .quality import Row, balance, judged, kept, row, speeds, unigram_accuracy
 from .text_arguments import add_text_arguments, text_of
+from .verify import verified
 
 HELP = "profile, plan, apply, recover, export, verify and report, one after the other"
 EXAMPLE = """
@@ -196,12 +199,13 @@ class _Work:
         target = self.out / "exported"
         try:
             if not target.exists():
-                export.exported(source, target, allow_zeroed=self.args.allow_zeroed)
-            found = verify.verified(target, source)
+                export(source_of(source), target, allow_zeroed=self.args.allow_zeroed)
+            found = asdict(verified(target, self.args.checkpoint if not is_run(source) else source))
         except ValueError as error:
             self.notes.append(f"Export: {error}")
             self.console.say(f"export: {error}")
             return
+        found = {"passed": not found["problems"], "max_difference": found["difference"], **found}
         write_atomically(self.out / "verify.json", json.dumps(found, indent=2) + "\n")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...launch.calibration import is_run
-from ...launch.saved_run import SavedRun, open_run
+from ...launch.saved_run import open_run
 from ...launch.streamed import open_streamed
 from ...moe.compress.calibration import Calibration
 from ...moe.compress.evaluate import Evaluator, Quality
@@ -40,22 +40,13 @@ def kept(accuracy: float, whole: float, unigram: float) -> float:
 
 def judged(checkpoint: Path, judge: Evaluator) -> Quality:
     """Of a checkpoint of any kind beside the model that `judge` has, on its text."""
-    if not is_run(checkpoint):
-        streamed = open_streamed(checkpoint)
-        return judge.quality_of(lambda tokens_BS: streamed.logits(run_layers(streamed, tokens_BS)))
-    # Quantized runs too.
-    return judge.quality_of(logits_of(open_run(checkpoint)))
-
-
-def logits_of(saved: SavedRun):
-    """Token ids [B, S] -> scores of the next token [B, S, V], dropless as compressed models are judged."""
-    model = saved.model
-
-    @torch.no_grad()
-    def logits(tokens_BS: Tensor) -> Tensor:
-        return model.logits(model(tokens_BS).hidden_BSD)
-
-    return logits
+    if is_run(checkpoint):
+        model = open_run(checkpoint).model
+        return judge.quality_of(lambda at: model.logits(model(judge.text.tokens_NS[at]).hidden_BSD))
+    streamed = open_streamed(checkpoint)
+    # All at once: each layer is read once.
+    h_NSD = run_layers(streamed, judge.text.tokens_NS, batch=judge.batch)
+    return judge.quality_of(lambda at: streamed.logits(h_NSD[at]))
 
 
 def row(name: str, checkpoint: Path, quality: Quality, speed: Speed | None) -> Row:
