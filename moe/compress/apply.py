@@ -10,7 +10,7 @@ names is touched; a weight is copied bit by bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Applied:
     """Of all tensors, optimizer state included."""
     bytes_after: int
     state_left_out: tuple[str, ...] = ()
-    """Parameters of a run whose optimizer state does not come along, since no part of it is that of what is left."""
+    """Parameters of the source, a run, whose optimizer state does not come along: it does not fit what is left."""
 
 
 def apply_plan(
@@ -93,6 +93,14 @@ def check_base(plan: DropPlan, fingerprint: str, source: Path) -> None:
     if plan.base != fingerprint:
         raise ValueError(
             f"base: the plan was made for the checkpoint {plan.base}, and {source} is {fingerprint}; make a plan for it"
+        )
+
+
+def refuse_few_bits(names: Iterable[str], source: Path) -> None:
+    """Raises ValueError where some of the tensors are codes of weights that were quantized."""
+    if codes := [name for name in names if name.endswith((".q", ".scale"))]:
+        raise ValueError(
+            f"{source}: holds weights in few bits ({min(codes)}); apply plans to what was quantized instead"
         )
 
 
@@ -140,6 +148,7 @@ def _apply_to_stock(
 ) -> Applied:
     fingerprint = stock_fingerprint(stock)
     check_base(plan, fingerprint, stock.path)
+    refuse_few_bits(stock.tensors, stock.path)
     places = places_of(stock.tensors, stock.family, stock.shape.layers)
     check_shape(plan, stock.shape, places, lambda name: stock.tensors[name].shape[0], stock.path)
     cut, outputs = Cut(plan), []
@@ -157,7 +166,7 @@ def _apply_to_stock(
     shards = divide(sorted(outputs, key=in_order), shard_bytes)
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     files = files if len(files) > 1 else [WEIGHTS]
-    partial = Partial(target, identity(fingerprint, plan, shard_bytes))
+    partial = Partial(target, identity(fingerprint, plan, transform, shard_bytes))
     reused = write_shards(partial, dict(zip(files, shards, strict=True)), read, transform, progress)
     notes = {file: partial.finished[file] for file in files}
     total = sum(tensor["bytes"] for note in notes.values() for tensor in note.values())
@@ -175,6 +184,7 @@ def _apply_to_stock(
     return Applied(target, checkpoint_fingerprint(target), plan.result, len(files), reused, before, total)
 
 
-def identity(fingerprint: str, plan: DropPlan, shard_bytes: int) -> dict[str, Any]:
+def identity(fingerprint: str, plan: DropPlan, transform: Transform | None, shard_bytes: int) -> dict[str, Any]:
     """Of what is being made: equal identities make equal files."""
-    return {"source": fingerprint, "plan": plan.hash, "shard_bytes": shard_bytes}
+    rests_on = getattr(transform, "rests_on", "")
+    return {"source": fingerprint, "plan": plan.hash, "rests_on": rests_on, "shard_bytes": shard_bytes}

@@ -2,7 +2,8 @@
 
 The state of what is left goes along: cut like its parameter where every number of it belongs to one expert or one row
 of the router. Where it does not (factors of a second moment over a router's rows, averages over them), all state of
-that parameter stays behind, and the optimizer makes it anew at its next step.
+that parameter stays behind, and the optimizer makes it anew at its next step. Weights in few bits are not trained: all
+state stays behind where a plan quantizes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from ...parallel.checksums import check_sums, sums_of
 from ...parallel.chunks import shard_files
 from ...parallel.manifest import Chunk, Manifest, TensorEntry, check_complete, read_manifest, write_manifest
-from .apply import Applied, Rewrite, check_base, check_shape, identity
+from .apply import Applied, Rewrite, check_base, check_shape, identity, refuse_few_bits
 from .cut import Cut, Fate
 from .fingerprint import CHECKPOINTS, RUN_CONFIG, checkpoint_fingerprint, newest_checkpoint, run_fingerprint
 from .partial import Partial
@@ -51,6 +52,7 @@ def apply_to_run(
     check_complete(checkpoint, manifest)
     fingerprint = run_fingerprint(checkpoint, source)
     check_base(plan, fingerprint, source)
+    refuse_few_bits(manifest.tensors, source)
     weights = [name for name in manifest.tensors if name.startswith(_MODEL)]
     places = places_of(weights, NATIVE, plan.shape.layers)
     shape = _shape_of(source, manifest, places, plan.shape.layers)
@@ -62,7 +64,7 @@ def apply_to_run(
     shards = divide(_in_chunks(sorted(outputs, key=in_order), shard_bytes), shard_bytes)
     folder = f"{CHECKPOINTS}/step-{manifest.step:08d}"
     files = dict(zip(shard_files(len(shards)), shards, strict=True))
-    partial = Partial(target, identity(fingerprint, plan, shard_bytes))
+    partial = Partial(target, identity(fingerprint, plan, transform, shard_bytes))
     by_path = {f"{folder}/{file}": shard for file, shard in files.items()}
     reused = write_shards(partial, by_path, _reader(checkpoint, manifest), transform, progress, sums_of)
     meta = dict(manifest.meta)
@@ -108,7 +110,8 @@ def _state(manifest: Manifest, places: Mapping[str, Place], plan: DropPlan, left
             continue
         shape = manifest.tensors[weight].shape
         entries = {key: manifest.tensors[f"{_OPTIMIZER}{parameter}.{key}"].shape for key in its_keys}
-        if found.rows is not None and not all(_is_by_row(key, its, shape) for key, its in entries.items()):
+        is_cut = found.rows is not None
+        if plan.quantize or (is_cut and not all(_is_by_row(key, its, shape) for key, its in entries.items())):
             left_out.append(parameter)
             continue
         there = name_of(found.place, NATIVE).removeprefix(_MODEL)

@@ -47,6 +47,8 @@ class WeightChange:
 
     def __init__(self, plan: DropPlan, profile: Profile | None) -> None:
         self._plan, self._profile = plan, profile
+        self.rests_on = "" if profile is None else profile.fingerprint
+        """Fingerprint of the profile that is there: a plan may be applied with it or without."""
         self._method = self._judge()
         self._layer: tuple[int, ExpertSums] | None = None
         self.starved: dict[int, set[int]] = {}

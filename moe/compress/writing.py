@@ -25,7 +25,8 @@ __all__ = ["OpenFiles", "Output", "Transform", "divide", "in_order", "output", "
 
 Transform = Callable[[Place, str, Tensor], Mapping[str, Tensor]]
 """Slims or quantizes one matrix [rows, columns] of a linear layer that stays: its place in the source, its name in the
-target, its values -> tensors by name. Stacks of experts come one matrix at a time, each with its number."""
+target, its values -> tensors by name. Stacks of experts come one matrix at a time, each with its number. Where the plan
+does not say all, its attribute `rests_on` names what else the result follows from."""
 
 
 @dataclass(frozen=True)

@@ -472,6 +472,20 @@ def test_what_another_plan_began_is_thrown_away(stock: dict[str, Path], tmp_path
         with pytest.raises(KeyboardInterrupt):
             apply_plan(source, tmp_path / "target", one, shard_bytes=shard_bytes, progress=stop)
         assert (tmp_path / ".target.partial").is_dir()
+    slims = replace(other, slim=Slim(method="magnitude"))
+
+    class Change:
+        def __init__(self, rests_on: str) -> None:
+            self.rests_on = rests_on
+
+        def __call__(self, place: Place, name: str, tensor: Tensor) -> dict[str, Tensor]:
+            return {name: tensor}
+
+    with pytest.raises(KeyboardInterrupt):
+        apply_plan(source, tmp_path / "target", slims, transform=Change("one"), shard_bytes=4096, progress=stop)
+    again = apply_plan(source, tmp_path / "target", slims, transform=Change("other"), shard_bytes=4096)
+    assert again.reused == 0, "of another profile"
+    shutil.rmtree(tmp_path / "target")
     done = apply_plan(source, tmp_path / "target", other, shard_bytes=4096)
     assert done.reused == 0
     assert_same(tensors_in(tmp_path / "target"), expected_of(tensors_in(source), other))
@@ -620,6 +634,29 @@ def test_the_command_applies_and_says_what_is_left(
     shutil.rmtree(target)
     assert main(arguments) == 0
     assert "4 of 5 blocks, 3 of 5 MoE layers, 18 of 30 experts" in capsys.readouterr().out
+
+
+def test_the_command_slims_and_quantizes_by_the_plan(
+    stock: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = stock["mixtral"], tmp_path / "target"
+    write_plan(plan_of(source, slim=Slim(method="magnitude")), tmp_path / "slim.yaml")
+    assert main(["compress", "apply", str(source), str(tmp_path / "slim.yaml"), str(target)]) == 0
+    down = tensors_in(target)["model.layers.1.block_sparse_moe.experts.0.w2.weight"]
+    assert torch.equal((down == 0).sum(1), torch.full((16,), 4))
+    write_plan(plan_of(source, slim=Slim(method="wanda"), profile="0" * 16), tmp_path / "wanda.yaml")
+    capsys.readouterr()
+    assert main(["compress", "apply", str(source), str(tmp_path / "wanda.yaml"), str(tmp_path / "other")]) == 2
+    assert "wanda needs the profile that the plan was made with" in capsys.readouterr().err
+
+
+def test_what_is_in_few_bits_is_refused(stock: dict[str, Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(stock["olmoe"], tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight.q"] = tensors.pop("model.layers.0.self_attn.q_proj.weight")
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds weights in few bits \(.*q_proj\.weight\.q\); apply plans to what was"):
+        apply_plan(source, tmp_path / "target", plan_of(source, blocks=(1,)))
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,10 @@ from wastenot.launch.run_folder import RunFolder
 from wastenot.launch.saved_run import open_run
 from wastenot.launch.settings import dump_config
 from wastenot.moe.compress.apply import apply_plan as apply_to_checkpoint
+from wastenot.moe.compress.change import weight_change
 from wastenot.moe.compress.fingerprint import checkpoint_fingerprint, newest_checkpoint
 from wastenot.moe.compress.places import Place
-from wastenot.moe.compress.plan import DropPlan, Slim
+from wastenot.moe.compress.plan import DropPlan, Quantize, Slim
 from wastenot.moe.compress.shapes import shape_of_model
 from wastenot.moe.config import ModelConfig, MoEConfig, RouterConfig
 from wastenot.moe.decoder import Decoder
@@ -258,6 +259,19 @@ def test_slimming_of_stacks_goes_through_the_hook_expert_by_expert(runs: dict[st
     numbers = [place.expert for place in seen if (place.layer, place.weight, place.part) == (2, "down", "expert")]
     assert numbers == [1, 2, 4, 5]
     assert not any(place.part.startswith("router") for place in seen)
+
+
+def test_weights_in_few_bits_leave_all_state_behind(runs: dict[str, Path], tmp_path: Path) -> None:
+    plan = plan_of(runs["adamw"], blocks=(1,), quantize=Quantize(bits=8, group=16))
+    done = apply_plan(runs["adamw"], tmp_path / "target", plan, transform=weight_change(plan))
+    after = tensors_in(tmp_path / "target")
+    assert not any(name.startswith("optimizer.") for name in after)
+    assert "blocks.0.attention.q.weight" in done.state_left_out
+    assert after["model.blocks.1.ffn.experts.down.q"].shape[0] == 6
+    assert open_run(tmp_path / "target").step == 3
+    assert done.bytes_after < done.bytes_before / 8
+    with pytest.raises(ValueError, match="holds weights in few bits"):
+        apply_plan(tmp_path / "target", tmp_path / "other", plan_of(tmp_path / "target", blocks=(1,)))
 
 
 def test_a_run_that_was_killed_while_applied_is_continued(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from ...launch.console import RunConsole
 from ...launch.errors import UserError
 from ...launch.units import parse_size
 from ...moe.compress.apply import Applied
+from ...moe.compress.change import weight_change
 from ...moe.compress.plan import DropPlan, read_plan
+from ...moe.compress.profile import read_profile
 
 HELP = "write what a plan leaves of a checkpoint, as a checkpoint of the same kind"
 EXAMPLE = """
@@ -29,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", metavar="PLAN", type=Path, help="what `compress plan` wrote, for that checkpoint")
     parser.add_argument("target", metavar="TARGET", type=Path, help="the folder to write; must not exist, or be empty")
     parser.add_argument(
+        "--profile", metavar="PROFILE", type=Path, help="the plan's, where weights are slimmed or rounded by it"
+    )
+    parser.add_argument(
         "--shard-size", default="2GiB", metavar="SIZE", help="of a file, which memory holds (%(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -42,19 +48,23 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--shard-size: {error}") from error
     try:
         plan = read_plan(args.plan)
+        change = weight_change(plan, None if args.profile is None else read_profile(args.profile))
         with RunConsole(speaks=True).following("apply", 1) as line:
-            done = apply_plan(args.source, args.target, plan, shard_bytes=shard_bytes, progress=line.portion)
+            done = apply_plan(
+                args.source, args.target, plan, transform=change, shard_bytes=shard_bytes, progress=line.portion
+            )
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"{args.target}: cannot be written ({error.strerror or error}); name another folder") from error
-    print(json.dumps(_figures(done, plan), indent=2) if args.json else _told(done, plan))
+    starved = {} if change is None else {layer: sorted(few) for layer, few in sorted(change.starved.items())}
+    print(json.dumps(_figures(done, plan, starved), indent=2) if args.json else _told(done, plan, starved))
     return 0
 
 
-def _figures(done: Applied, plan: DropPlan) -> dict[str, Any]:
+def _figures(done: Applied, plan: DropPlan, starved: Mapping[int, list[int]]) -> dict[str, Any]:
     return {
         "target": str(done.target),
         "plan": plan.hash,
@@ -68,10 +78,11 @@ def _figures(done: Applied, plan: DropPlan) -> dict[str, Any]:
         "files": done.files,
         "files_reused": done.reused,
         "state_left_out": list(done.state_left_out),
+        "starved_experts": {str(layer): few for layer, few in starved.items()},
     }
 
 
-def _told(done: Applied, plan: DropPlan) -> str:
+def _told(done: Applied, plan: DropPlan, starved: Mapping[int, list[int]]) -> str:
     before = plan.shape
     lines = [
         f"{done.target}: {done.shape.layers} of {before.layers} blocks, {len(done.shape.moe_layers)} of "
@@ -82,6 +93,10 @@ def _told(done: Applied, plan: DropPlan) -> str:
         lines.append(f"  {done.reused} of {done.files} files were there already")
     if left := done.state_left_out:
         more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
-        why = "no part of its state is that of what is left"
-        lines.append(f"  the optimizer starts anew for {', '.join(left[:_LISTED])}{more}: {why}")
+        lines.append(
+            f"  optimizer state that does not fit what is left stays behind: {', '.join(left[:_LISTED])}{more}"
+        )
+    if starved:
+        count = sum(map(len, starved.values()))
+        lines.append(f"  {count} experts saw few tokens, and were judged by those of their layer too; profile on more")
     return "\n".join(lines)
