@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..moe.compress.apply import Applied
+from ..moe.compress.apply import Applied, Rewrite, RunConfig
 from ..moe.compress.apply import apply_plan as apply_to_checkpoint
 from ..moe.compress.plan import DropPlan, Shape
 from ..moe.compress.shapes import model_of_shape
 from ..moe.compress.writing import Transform
 from ..parallel.config import ParallelConfig
+from .config import TrainConfig
 from .errors import UserError
 from .run_folder import RunFolder
 from .settings import as_mapping, dump_config, parse_config
@@ -36,14 +37,14 @@ def apply_plan(
     )
 
 
-def rewriter(source: Path, target: Path) -> Callable[[Shape], tuple[str, Mapping[str, Any]]]:
+def rewriter(source: Path, target: Path) -> Rewrite:
     """What config.yaml of the run at `source` becomes at `target`: its layers and experts, and the place of its log.
 
-    A layout of ranks that does not fit what is left becomes that of one rank: everything reads a run's configuration,
-    and none may refuse.
+    Everything reads a run's configuration, so that it must be a legal one: a layout of ranks that does not fit what is
+    left becomes that of one rank, and recomputation that has no plan of unlike layers becomes full.
     """
 
-    def rewrite(shape: Shape) -> tuple[str, Mapping[str, Any]]:
+    def rewrite(shape: Shape) -> RunConfig:
         before = RunFolder(source).load_config()
         config = replace(
             before,
@@ -52,11 +53,31 @@ def rewriter(source: Path, target: Path) -> Callable[[Shape], tuple[str, Mapping
             checkpoint=replace(before.checkpoint, resume="auto"),
             log=replace(before.log, dir=str(target)),
         )
-        try:
-            config = parse_config(as_mapping(config), str(source))
-        except UserError:
-            alone = replace(config, parallel=ParallelConfig(), train=replace(config.train, nproc=1))
-            config = parse_config(as_mapping(alone), str(source))
-        return dump_config(config), as_mapping(config)
+        error: UserError | None = None
+        for change in _changes(config):
+            try:
+                legal = parse_config(as_mapping(replace(config, **change)), str(source))
+            except UserError as refusal:
+                error = error or refusal
+            else:
+                notes = tuple(_NOTES[name] for name in change if name in _NOTES)
+                return RunConfig(dump_config(legal), as_mapping(legal), notes)
+        assert error is not None
+        raise error
 
     return rewrite
+
+
+_NOTES = {
+    "parallel": "parallel: the layout of ranks does not fit what is left, and is that of one rank now",
+    "recompute": "recompute.mode: lynx has no plan of layers that differ, and is full now",
+}
+
+
+def _changes(config: TrainConfig) -> list[dict[str, Any]]:
+    """What to change where the one before was not enough."""
+    alone: dict[str, Any] = {"parallel": ParallelConfig(), "train": replace(config.train, nproc=1)}
+    if config.recompute.mode != "lynx":
+        return [{}, alone]
+    full: dict[str, Any] = {"recompute": replace(config.recompute, mode="full")}
+    return [{}, full, alone, alone | full]

@@ -25,10 +25,22 @@ from .plan import DropPlan, Shape
 from .stored import BASE_CONFIG, COMPRESSED, INDEX, WEIGHTS, StockFolder, compressed_text, read_stock
 from .writing import OpenFiles, Output, Transform, divide, in_order, output, take_rows, write_shards
 
-__all__ = ["Applied", "Rewrite", "Transform", "apply_plan"]
+__all__ = ["Applied", "Rewrite", "RunConfig", "Transform", "apply_plan"]
 
-Rewrite = Callable[[Shape], tuple[str, Mapping[str, Any]]]
-"""The shape of what is left -> config.yaml of the run to be, as text and as plain values."""
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The configuration of the run to be."""
+
+    text: str
+    """Of config.yaml."""
+    values: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    """What had to become other than it was."""
+
+
+Rewrite = Callable[[Shape], RunConfig]
+"""The shape of what is left -> the configuration of a run of it."""
 
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken")
 _ALONGSIDE = (*_TOKENIZER, "chat_template*", "generation_config.json")
@@ -50,6 +62,8 @@ class Applied:
     bytes_after: int
     state_left_out: tuple[str, ...] = ()
     """Parameters of the source, a run, whose optimizer state does not come along: it does not fit what is left."""
+    notes: tuple[str, ...] = ()
+    """What of a run's configuration had to become other than it was."""
 
 
 def apply_plan(

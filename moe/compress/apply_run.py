@@ -58,7 +58,7 @@ def apply_to_run(
     shape = _shape_of(source, manifest, places, plan.shape.layers)
     check_shape(plan, shape, places, lambda name: manifest.tensors[name].shape[0], source)
     # Before anything is written: the configuration may refuse.
-    text, config = rewrite(plan.result)
+    config = rewrite(plan.result)
     left_out: list[str] = []
     outputs = [*_weights(manifest, places, plan), *_state(manifest, places, plan, left_out)]
     shards = divide(_in_chunks(sorted(outputs, key=in_order), shard_bytes), shard_bytes)
@@ -69,7 +69,7 @@ def apply_to_run(
     reused = write_shards(partial, by_path, _reader(checkpoint, manifest), transform, progress, sums_of)
     meta = dict(manifest.meta)
     if "config" in meta:
-        meta["config"] = dict(config)
+        meta["config"] = dict(config.values)
     tensors = _entries({file: partial.finished[f"{folder}/{file}"] for file in files})
     lengths = {file: (partial.path / folder / file).stat().st_size for file in files}
     written = replace(manifest, serial=1, meta=meta, tensors=tensors, files=lengths)
@@ -77,12 +77,12 @@ def apply_to_run(
     check_complete(partial.path / folder, written)
     for path in sorted((source / "tokenizer").glob("*")):
         partial.copy(path, f"tokenizer/{path.name}")
-    partial.add(RUN_CONFIG, text)
+    partial.add(RUN_CONFIG, config.text)
     partial.complete()
     before = sum(entry.dtype.itemsize * torch.Size(entry.shape).numel() for entry in manifest.tensors.values())
     after = sum(entry.dtype.itemsize * torch.Size(entry.shape).numel() for entry in tensors.values())
-    found = checkpoint_fingerprint(target)
-    return Applied(target, found, plan.result, len(files), reused, before, after, tuple(left_out))
+    found, count = checkpoint_fingerprint(target), len(files)
+    return Applied(target, found, plan.result, count, reused, before, after, tuple(left_out), config.notes)
 
 
 def _weights(manifest: Manifest, places: Mapping[str, Place], plan: DropPlan) -> Iterator[Output]:

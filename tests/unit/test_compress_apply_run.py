@@ -37,7 +37,7 @@ from wastenot.moe.config import ModelConfig, MoEConfig, RouterConfig
 from wastenot.moe.decoder import Decoder
 from wastenot.moe.layer import MoELayer
 from wastenot.parallel.checkpoint import verify
-from wastenot.parallel.config import ParallelConfig
+from wastenot.parallel.config import ParallelConfig, RecomputeConfig
 from wastenot.parallel.manifest import Chunk, read_manifest, write_manifest
 from wastenot.tools.cli import main
 
@@ -222,11 +222,15 @@ def test_a_plain_shape_stays_plain_and_a_layout_that_does_not_fit_goes(
     )
     (run / "config.yaml").write_text(dump_config(wide))
     gone = dict.fromkeys(range(1, 5), (0, 1, 2))
-    apply_plan(run, tmp_path / "fits", plan_of(run, blocks=(0,), experts=gone))
+    assert not apply_plan(run, tmp_path / "fits", plan_of(run, blocks=(0,), experts=gone)).notes
     fits = RunFolder(tmp_path / "fits").load_config()
     assert fits.model.moe == replace(MODEL.moe or MoEConfig(), experts=3, first_dense=0)
     assert (fits.parallel.expert, fits.log.dir) == (3, str(tmp_path / "fits"))
-    apply_plan(run, tmp_path / "not", plan_of(run, experts={2: (1, 3)}))
+    lynx = replace(wide, recompute=RecomputeConfig(mode="lynx"))
+    (run / "config.yaml").write_text(dump_config(lynx))
+    done = apply_plan(run, tmp_path / "not", plan_of(run, experts={2: (1, 3)}))
+    assert [note.split(":")[0] for note in done.notes] == ["parallel", "recompute.mode"]
+    assert RunFolder(tmp_path / "not").load_config().recompute.mode == "full"
     assert RunFolder(tmp_path / "not").load_config().parallel == ParallelConfig()
     open_run(tmp_path / "not")
     assert main(["generate", str(tmp_path / "not"), "--prompt", "ten green", "--tokens", "3", "--json"]) == 0

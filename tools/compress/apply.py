@@ -78,6 +78,7 @@ def _figures(done: Applied, plan: DropPlan, starved: Mapping[int, list[int]]) ->
         "files": done.files,
         "files_reused": done.reused,
         "state_left_out": list(done.state_left_out),
+        "notes": list(done.notes),
         "starved_experts": {str(layer): few for layer, few in starved.items()},
     }
 
@@ -96,6 +97,7 @@ def _told(done: Applied, plan: DropPlan, starved: Mapping[int, list[int]]) -> st
         lines.append(
             f"  optimizer state that does not fit what is left stays behind: {', '.join(left[:_LISTED])}{more}"
         )
+    lines += [f"  {note}" for note in done.notes]
     if starved:
         count = sum(map(len, starved.values()))
         lines.append(f"  {count} experts saw few tokens, and were judged by those of their layer too; profile on more")
