@@ -200,16 +200,10 @@ def _why_not(source: Source, zeroed: tuple[int, ...]) -> str:
 
 def _check_vllm(source: Source) -> None:
     """Raises ValueError where vLLM's Qwen2-MoE reads less of config.json than transformers'."""
-    config = source.config
-    if "head_dim" in config:
+    if "head_dim" in source.config:
         raise ValueError(
-            f"{source.where}: heads of width {config['head_dim']}; as Qwen2-MoE vLLM takes hidden_size / "
+            f"{source.where}: heads of width {source.config['head_dim']}; as Qwen2-MoE vLLM takes hidden_size / "
             f"num_attention_heads for it. Export for hf, or drop whole blocks"
-        )
-    if config["use_sliding_window"]:
-        raise ValueError(
-            f"{source.where}: sliding_window: {config['sliding_window']}; vLLM's Qwen2-MoE has none. Export for hf, or "
-            f"drop whole blocks"
         )
 
 

@@ -66,6 +66,7 @@ def as_qwen2_moe(source: Source, width: int, *, biases: bool) -> Source:
 
     width: hidden units of a shared expert of zeros, where there is none; biases: write biases of zero for queries,
     keys and values, for loaders that always have them.
+    Raises ValueError where attention has a window, which loaders of Qwen2-MoE do not agree on.
     """
     config = _config(source, width, biases)
     return replace(source, family=_FAMILY, config=config, weights=dict(_weights(source, width, biases)))
@@ -77,9 +78,12 @@ def _config(source: Source, width: int, biases: bool) -> dict[str, Any]:
     new |= {"model_type": _FAMILY, "qkv_bias": biases, "use_sliding_window": False}
     if given.get("head_dim") not in (None, given["hidden_size"] // given["num_attention_heads"]):
         new["head_dim"] = given["head_dim"]
-    if given.get("sliding_window") is not None:
-        new |= {"use_sliding_window": True, "sliding_window": given["sliding_window"], "max_window_layers": 0}
-        new["layer_types"] = ["sliding_attention"] * given["num_hidden_layers"]
+    window = given.get("sliding_window")
+    if window is not None and window < given["max_position_embeddings"]:
+        raise ValueError(
+            f"{source.where}: sliding_window: {window}; layers without experts need a {_FAMILY} model, which has no "
+            f"window in vLLM and another one in transformers 4 with a cache. Drop whole blocks instead"
+        )
     if isinstance(given.get("rope_parameters"), Mapping):
         new["rope_theta"] = given["rope_parameters"].get("rope_theta", given["rope_theta"])
     experts, shared, dense = given["intermediate_size"], width, width

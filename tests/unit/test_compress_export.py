@@ -39,7 +39,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES: dict[str, dict[str, Any]] = {
     "mixtral": {},
-    "mixtral-window": {"sliding_window": 6},
     "qwen2_moe": {
         "mlp_only_layers": [],
         "use_sliding_window": True,
@@ -333,18 +332,26 @@ def test_next_token_layers_and_rotary_frequencies_stay_behind(base, here, tmp_pa
 
 
 def test_vllm_gets_the_biases_it_always_reads(base, here, tmp_path):
-    """Its Qwen2-MoE has biases whatever qkv_bias says, and no window, and no width of heads."""
+    """Its Qwen2-MoE has biases whatever qkv_bias says, and no width of heads."""
     stock = base("mixtral")
     exported(stock, tmp_path, LAYERS, loader="vllm")
     assert config_of(tmp_path / "exported")["qkv_bias"] is True
     assert not tensors_of(tmp_path / "exported")["model.layers.0.self_attn.q_proj.bias"].any()
     found = verify(tmp_path / "exported", against=stock)
     assert found.problems == () and found.difference == 0.0
-    with pytest.raises(ValueError, match="sliding_window: 6; vLLM's Qwen2-MoE has none"):
-        exported(base("mixtral-window"), tmp_path / "window", LAYERS, loader="vllm")
     save_stock("mixtral", tmp_path / "narrow", head_dim=4)
     with pytest.raises(ValueError, match=r"heads of width 4; .*hidden_size / num_attention_heads"):
         exported(tmp_path / "narrow", tmp_path / "heads", LAYERS, loader="vllm")
+
+
+def test_a_window_stays_with_its_family(here, tmp_path):
+    """Of Qwen2-MoE's, transformers 4 makes another one with a cache, and vLLM none."""
+    stock = save_stock("mixtral", tmp_path / "stock", sliding_window=6, num_hidden_layers=4)
+    exported(stock, tmp_path, BLOCKS)
+    found = verify(tmp_path / "exported", against=stock)
+    assert found.problems == () and found.difference == 0.0
+    with pytest.raises(ValueError, match=r"sliding_window: 6; .* Drop whole blocks instead"):
+        exported(stock, tmp_path / "layers", LAYERS)
 
 
 def test_groups_too_small_for_the_stock_router_are_refused(tmp_path):
