@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..adapters.huggingface import CONFIG, INDEX, WEIGHTS
-from .export_config import rewritten
+from .export_config import MAY_BE_DENSE, rewritten
 from .export_source import EXPORTED, Lazy, Source, check_source, zeros
-from .families import FAMILIES
+from .families import MODULES
 from .partial import check_target
 from .places import places_of
 from .reexpress import REEXPRESSED, as_qwen2_moe
@@ -142,7 +142,7 @@ def _check_counts(source: Source) -> None:
             f"{source.where}: its layers have {min(counts)} to {max(counts)} experts, and stock models have one number "
             f"for all; the nearest plan drops experts down to {equal} in each of the {len(counts)} layers"
         )
-    fewest = shape.groups * (FAMILIES[source.family].smallest_group if source.family in FAMILIES else 1)
+    fewest = shape.groups * (MODULES[source.family].smallest_group if source.family in MODULES else 1)
     if counts and counts[0] < fewest:
         raise ValueError(
             f"{source.where}: {counts[0]} experts in {shape.groups} groups are too few for the stock router, which "
@@ -166,7 +166,7 @@ def _route(source: Source, loader: Loader, allow_zeroed: bool, stub_width: int) 
         raise ValueError(f"{source.where}: {_why_not(source, zeroed)}")
     if zeroed and not source.shape.moe_layers:
         raise ValueError(
-            f"{source.where}: no layer has experts any more, of which a {source.family} model needs one; keep those of "
+            f"{source.where}: no layer has experts any more, of which the {source.family} family needs one; keep those of "
             f"layer {zeroed[0]}"
         )
     return _Route(source, stubs, zeroed, width if stubs and not source.shape.dense else 0)
@@ -175,24 +175,24 @@ def _route(source: Source, loader: Loader, allow_zeroed: bool, stub_width: int) 
 def _may_be_dense(source: Source) -> set[int]:
     """Layers without experts that the family can do without."""
     without = [layer for layer, experts in enumerate(source.shape.experts) if not experts]
-    sparse = FAMILIES[source.family].sparse
-    if sparse == "all":
+    kind = MAY_BE_DENSE[source.family]
+    if kind == "none":
         return set()
-    return {layer for position, layer in enumerate(without) if sparse == "listed" or layer == position}
+    return {layer for position, layer in enumerate(without) if kind == "listed" or layer == position}
 
 
 def _why_not(source: Source, zeroed: tuple[int, ...]) -> str:
     origin = [source.origin[layer] for layer in zeroed]
     zeros_instead = "or take --allow-zeroed, which is right but saves nothing"
-    if FAMILIES[source.family].sparse == "all":
+    if MAY_BE_DENSE[source.family] == "none":
         return (
-            f"layers {origin} of the base have no experts, and a {source.family} model has some in every layer; the "
+            f"layers {origin} of the base have no experts, and models of the {source.family} family have some in all; the "
             f"nearest plan drops these layers as whole blocks, {zeros_instead}"
         )
     first = [layer for layer in range(source.shape.layers) if source.shape.experts[layer] or layer in zeroed]
     nearest = [source.origin[layer] for layer in first[: len(zeroed)]]
     return (
-        f"layers {origin} of the base have no experts, and only the first layers of a {source.family} model can be "
+        f"layers {origin} of the base have no experts, and only the first layers of that family can be "
         f"without; the nearest plans drop the experts of layers {nearest}, or layers {origin} as whole blocks; "
         f"{zeros_instead}"
     )

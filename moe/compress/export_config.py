@@ -7,12 +7,23 @@ weights with random ones, and only warns.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from .families import FAMILIES
+from .families import MODULES
 from .plan import Shape
 
-__all__ = ["check_config", "rewritten"]
+__all__ = ["MAY_BE_DENSE", "check_config", "rewritten"]
+
+MAY_BE_DENSE: dict[str, Literal["none", "listed", "first"]] = {
+    "mixtral": "none",
+    "qwen2_moe": "listed",
+    "qwen3_moe": "listed",
+    "olmoe": "none",
+    "deepseek_v2": "first",
+    "deepseek_v3": "first",
+}
+"""Which layers a family can have without experts: none, those that `mlp_only_layers` lists, the first
+`first_k_dense_replace`."""
 
 _COUNTS: dict[str, tuple[str, ...]] = {
     "mixtral": ("num_local_experts",),
@@ -52,19 +63,23 @@ def rewritten(
     dense: layers that are to be dense, of `width` hidden units; 0 leaves the width as it is.
     Raises ValueError where a list in `config` is not as long as the base model.
     """
-    about, layers = FAMILIES[family], config["num_hidden_layers"]
+    layers = config["num_hidden_layers"]
     new = {key: value for key, value in config.items() if key not in ("auto_map", "per_layer_config")}
-    new |= {"architectures": [f"{about.classes}ForCausalLM"], "model_type": family, "num_hidden_layers": len(origin)}
+    new |= {
+        "architectures": [f"{MODULES[family].classes}ForCausalLM"],
+        "model_type": family,
+        "num_hidden_layers": len(origin),
+    }
     for key, value in _explicit_lists(config, family, layers).items():
         if len(value) != layers:
             raise ValueError(f"{key}: has {len(value)} entries for {layers} layers; give one for each")
         new[key] = [value[layer] for layer in origin]
     if config.get("max_window_layers") is not None:
         new["max_window_layers"] = sum(layer < config["max_window_layers"] for layer in origin)
-    if about.sparse == "listed":
+    if MAY_BE_DENSE[family] == "listed":
         # A step would fall on other layers once one before them is gone.
         new |= {"decoder_sparse_step": 1, "mlp_only_layers": sorted(dense)}
-    elif about.sparse == "after":
+    elif MAY_BE_DENSE[family] == "first":
         new["first_k_dense_replace"] = len(dense)
     if width:
         new["intermediate_size"] = width

@@ -23,8 +23,7 @@ from torch import Tensor
 from ..adapters.huggingface import StoredWeights
 from . import stock_forward
 from .export_source import EXPORTED
-from .families import FAMILIES
-from .places import places_of
+from .places import Place, name_of, places_of
 from .stored import StockFolder, read_stock
 
 __all__ = ["TOLERANCE", "Verified", "verify"]
@@ -164,8 +163,8 @@ def _bypass(base: StockFolder, left: StockFolder) -> tuple[dict[str, Any], bool]
     """
     about = _about(left.path)
     if base.family != about["from"]:
-        raise ValueError(f"{base.path}: is a {base.family}, and the export was made from a {about['from']}")
-    origin, theirs, ours = about["origin"], FAMILIES[base.family], FAMILIES[left.family]
+        raise ValueError(f"{base.path}: is {base.family}, and the export was made from {about['from']}")
+    origin = about["origin"]
     if not {*origin} <= {*range(base.shape.layers)}:
         raise ValueError(f"{base.path}: has {base.shape.layers} layers, and the export was made from more: {origin}")
     weights, stored, exact = StoredWeights(base.path), StoredWeights(left.path), True
@@ -179,8 +178,8 @@ def _bypass(base: StockFolder, left: StockFolder) -> tuple[dict[str, Any], bool]
         if old in bypass["feeds"] or not left.shape.experts[layer]:
             continue
         gates = (
-            weights[f"model.layers.{old}.{theirs.feed}.gate.weight"],
-            stored[f"model.layers.{layer}.{ours.feed}.gate.weight"],
+            weights[name_of(Place(old, "router", "router"), base.family)],
+            stored[name_of(Place(layer, "router", "router"), left.family)],
         )
         experts = _matched(*gates, base.path, old)
         if gone := sorted({*range(base.shape.experts[old])} - {*experts}):
@@ -189,8 +188,8 @@ def _bypass(base: StockFolder, left: StockFolder) -> tuple[dict[str, Any], bool]
         silent = [
             expert
             for place, expert in enumerate(experts)
-            if not stored[ours.expert(layer, place, ours.down)].any()
-            and weights[theirs.expert(old, expert, theirs.down)].any()
+            if not stored[name_of(Place(layer, "expert", "down", place), left.family)].any()
+            and weights[name_of(Place(old, "expert", "down", expert), base.family)].any()
         ]
         if silent:
             bypass["silent"][old] = silent

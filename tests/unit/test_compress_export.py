@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from stock_models import save_stock
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from wastenot.launch.compressed_run import apply_plan as apply_to_run
+from wastenot.launch.config import DataConfig, LogConfig, TrainConfig
+from wastenot.launch.saved_run import write_run
+from wastenot.launch.tokenizer import byte_tokenizer
 from wastenot.moe.compress import export as export_module
 from wastenot.moe.compress import stock_forward
 from wastenot.moe.compress import verify as verify_module
@@ -27,13 +32,14 @@ from wastenot.moe.compress.export import Exported, export
 from wastenot.moe.compress.export_source import from_decoder, open_folder
 from wastenot.moe.compress.fingerprint import checkpoint_fingerprint
 from wastenot.moe.compress.plan import DropPlan
+from wastenot.moe.compress.shapes import shape_of_model
 from wastenot.moe.compress.stored import read_stock
 from wastenot.moe.compress.verify import TOLERANCE, verify
 from wastenot.moe.config import ModelConfig, MoEConfig, RouterConfig
 from wastenot.moe.decoder import Decoder, build_decoder
 from wastenot.parallel.mesh import single
 from wastenot.tools.cli import main
-from wastenot.tools.compress.verify import _logits
+from wastenot.tools.compress.verify import dropless_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -203,7 +209,7 @@ def test_skipped_experts_are_zeros_that_routers_still_choose(base, here, tmp_pat
         (
             "olmoe",
             (2,),
-            "layers [2] of the base .* a olmoe model has some in every layer.*whole blocks.*--allow-zeroed",
+            "layers [2] of the base .* the olmoe family have some in all.*whole blocks.*--allow-zeroed",
         ),
         ("deepseek_v2", (3, 4), r"only the first layers .* experts of layers \[1, 2\], or layers \[3, 4\] as whole"),
         ("deepseek_v3", (3,), r"only the first layers .* experts of layers \[1\], or layers \[3\] as whole"),
@@ -427,7 +433,7 @@ def native(case: str, **router: Any) -> tuple[Decoder, RouterConfig]:
     said = NATIVE[case]
     moe = MoEConfig(experts=4, d_expert=16, **said["moe"])
     model = ModelConfig(
-        vocab_size=64, d_model=32, layers=4, heads=4, kv_heads=2, d_ff=48, **{**said, "moe": moe}, init_std=0.3
+        vocab_size=257, d_model=32, layers=4, heads=4, kv_heads=2, d_ff=48, **{**said, "moe": moe}, init_std=0.3
     )
     config = RouterConfig(**({"top_k": 2, "normalize": "none" if "shared" in case else "top_k"} | router))
     return build_decoder(model, config, single(torch.device("cpu")), seed=0).eval(), config
@@ -442,7 +448,7 @@ def test_a_run_of_ours_computes_the_same_in_stock_transformers(case, here, tmp_p
     model, router = native(case)
     done = export(source_of(model, router, tmp_path), tmp_path / "exported")
     assert done.family == case.partition("-")[0]
-    found = verify(tmp_path / "exported", logits_of=lambda tokens_BS: _logits(model, tokens_BS))
+    found = verify(tmp_path / "exported", logits_of=lambda tokens_BS: dropless_logits(model, tokens_BS))
     assert found.problems == ()
     assert 0.0 < found.difference <= TOLERANCE
 
@@ -450,7 +456,7 @@ def test_a_run_of_ours_computes_the_same_in_stock_transformers(case, here, tmp_p
 @pytest.mark.parametrize(
     ("case", "change", "says"),
     [
-        ("olmoe", {"per_layer": (4, 0, 4, 4)}, r"layers \[1\] .*olmoe model has some in every layer"),
+        ("olmoe", {"per_layer": (4, 0, 4, 4)}, r"layers \[1\] .*olmoe family have some in all"),
         ("olmoe", {"per_layer": (4, 0, 4, 4), "dense": (1,)}, r"layers \[1\] are dense"),
         ("qwen3_moe", {"per_layer": (0, 4, 3, 4), "dense": ()}, "3 to 4 experts"),
         ("qwen3_moe", {"shared_experts": 1}, "shared_experts: 1 is more than"),
@@ -490,7 +496,7 @@ def test_verify_compares_with_the_base_only(base, here, tmp_path):
     other = save_stock("mixtral", tmp_path / "other", num_hidden_layers=6, num_local_experts=4)
     with pytest.raises(ValueError, match="the router of layer 1 is not the one"):
         verify(tmp_path / "exported", against=other)
-    with pytest.raises(ValueError, match="is a olmoe, and the export was made from a mixtral"):
+    with pytest.raises(ValueError, match="is olmoe, and the export was made from mixtral"):
         verify(tmp_path / "exported", against=base("olmoe"))
     changed = shutil.copytree(tmp_path / "exported", tmp_path / "changed")
     path = next(changed.glob("*.safetensors"))
@@ -522,6 +528,31 @@ def test_commands_export_and_verify_in_another_process(base, tmp_path, capsys):
     (tmp_path / "exported" / "config.json").write_text(json.dumps(config))
     code, text = said(capsys, "verify", target)
     assert code == 2 and "missing (" in text and len(text.splitlines()) == 1
+
+
+def test_commands_compare_with_a_run_of_ours_and_with_a_compressed_folder(base, here, tmp_path, capsys):
+    model, router = native("mixtral")
+    run, smaller = tmp_path / "run", tmp_path / "smaller"
+    config = TrainConfig(
+        model=model.config,
+        router=replace(router, capacity_factor=1.0),
+        data=DataConfig(tokenizer="bytes", seq_len=32),
+        log=LogConfig(dir=str(run)),
+    )
+    write_run(config, model, byte_tokenizer(), "a test")
+    shape = shape_of_model(model.config, router)
+    plan = DropPlan(base=checkpoint_fingerprint(run), shape=shape, blocks=(0,), layers=(2,))
+    apply_to_run(run, smaller, plan)
+    folder = applied(base("deepseek_v2"), tmp_path / "applied", **FIRST)
+    for source, family in ((smaller, "qwen2_moe"), (folder, "deepseek_v2")):
+        target = tmp_path / f"exported-{family}"
+        code, text = said(capsys, "export", str(source), str(target), "--json")
+        assert code == 0, text
+        assert json.loads(text)["family"] == family
+        code, text = said(capsys, "verify", str(target), "--against", str(source), "--json")
+        assert code == 0, text
+        assert 0.0 < json.loads(text)["difference"] <= TOLERANCE
+    assert (tmp_path / "exported-qwen2_moe" / "tokenizer.json").is_file()
 
 
 def test_commands_refuse_in_one_line(base, tmp_path, capsys):

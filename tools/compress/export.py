@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from ...launch.errors import UserError
 from ...launch.run_folder import RunFolder
@@ -55,30 +55,35 @@ def run(args: argparse.Namespace) -> int:
         shard_bytes = parse_size(args.shard_size)
     except ValueError as error:
         raise UserError(f"--shard-size: {error}") from error
+    done = exported(
+        args.source,
+        args.folder,
+        loader=args.target,
+        allow_zeroed=args.allow_zeroed,
+        stub_width=args.stub_width,
+        shard_bytes=shard_bytes,
+    )
+    print(json.dumps(asdict(done), indent=2) if args.json else _told(done))
+    return 0
+
+
+def exported(source: Path, target: Path, **how: Any) -> Exported:
+    """Exports the run or the folder `source` to `target`; `how`: see `moe.compress.export.export`.
+
+    Raises UserError where it cannot be exported, or not be written.
+    """
     try:
-        done = export(
-            source_of(args.source),
-            args.folder,
-            loader=args.target,
-            allow_zeroed=args.allow_zeroed,
-            stub_width=args.stub_width,
-            shard_bytes=shard_bytes,
-        )
+        return export(_opened(source), target, **how)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
     except OSError as error:
-        raise UserError(f"{args.folder}: cannot be written ({error.strerror or error}); name another folder") from error
-    print(json.dumps(asdict(done), indent=2) if args.json else _told(done))
-    return 0
+        raise UserError(f"{target}: cannot be written ({error.strerror or error}); name another folder") from error
 
 
-def source_of(path: Path) -> Source:
-    """The newest checkpoint of the run at `path`, or the Hugging Face folder there, to be exported.
-
-    Raises UserError or ValueError where it is neither, or cannot be exported.
-    """
+def _opened(path: Path) -> Source:
+    """The newest checkpoint of the run at `path`, or the Hugging Face folder there."""
     if not is_run(path):
         return open_folder(path)
     folder = RunFolder(path)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...launch.errors import UserError
 from ...launch.saved_run import open_run
+from ...launch.streamed import open_streamed
 from ...moe.attention import KVCache
 from ...moe.compress.fingerprint import is_run
-from ...moe.compress.verify import Verified, verify
+from ...moe.compress.forward import run_layers
+from ...moe.compress.stored import COMPRESSED
+from ...moe.compress.verify import verify
 from ...moe.decoder import Decoder
 
 HELP = "load an export with stock transformers, and compare with what it was made from"
@@ -33,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against",
         type=Path,
         metavar="SOURCE",
-        help="the stock folder that was compressed, with what was dropped bypassed; or the run that was exported",
+        help="the stock folder that was compressed, with what was dropped bypassed; or what was exported",
     )
     parser.add_argument(
         "--python", default=sys.executable, metavar="FILE", help="another interpreter, to try its transformers"
@@ -42,41 +47,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verifies and says what was found; UserError where the export is not what it should be."""
+    """Verifies and says what was found."""
+    found = verified(args.exported, args.against, args.python)
+    print(json.dumps(found, indent=2) if args.json else _told(found))
+    return 0
+
+
+def verified(exported: Path, against: Path | None, python: str = sys.executable) -> dict[str, Any]:
+    """What was found of the folder `exported`: the fields of `Verified`.
+
+    against: the stock folder that was compressed, or the run or compressed folder that was exported, or None; python:
+    the interpreter whose transformers loads it.
+    Raises UserError where the export is not what it should be, or a folder is none.
+    """
     try:
-        if args.against is not None and is_run(args.against):
-            model = open_run(args.against).model
-            found = verify(args.exported, logits_of=lambda tokens_BS: _logits(model, tokens_BS), python=args.python)
+        if against is None or not (is_run(against) or (against / COMPRESSED).is_file()):
+            found = verify(exported, against=against, python=python)
         else:
-            found = verify(args.exported, against=args.against, python=args.python)
+            compute = _decoder(against) if is_run(against) else _streamed(against)
+            found = verify(exported, logits_of=compute, python=python)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
     if found.problems:
         raise UserError(f"{found.folder}: {'; '.join(found.problems)}")
-    print(json.dumps(asdict(found), indent=2) if args.json else _told(found))
-    return 0
+    return asdict(found)
+
+
+def _decoder(run: Path) -> Callable[[Tensor], Tensor]:
+    """int64 tokens [B, S] -> [B, S, V] in fp32 of the run at `run`, without a capacity: stock models have none."""
+    model = open_run(run).model.float()
+    return lambda tokens_BS: dropless_logits(model, tokens_BS)
 
 
 @torch.no_grad()
-def _logits(model: Decoder, tokens_BS: Tensor) -> Tensor:
-    """[B, S, V] in fp32, without a capacity: stock models have none."""
-    model = model.float()
+def dropless_logits(model: Decoder, tokens_BS: Tensor) -> Tensor:
+    """[B, S, V] of int64 tokens [B, S]."""
     B, S = tokens_BS.shape
-    padding_B = torch.zeros(B, dtype=torch.int64)
     # With a cache nothing is dropped.
-    cache = KVCache.empty(model.config, padding_B, S, torch.float32)
+    cache = KVCache.empty(model.config, torch.zeros(B, dtype=torch.int64), S, model.output_weight.dtype)
     return model(tokens_BS, cache).hidden_BSD @ model.output_weight.T
 
 
-def _told(found: Verified) -> str:
+def _streamed(folder: Path) -> Callable[[Tensor], Tensor]:
+    """The same of the compressed folder at `folder`, which no stock class loads, layer by layer."""
+    model = open_streamed(folder)
+    return lambda tokens_BS: model.logits(run_layers(model, tokens_BS))
+
+
+def _told(found: dict[str, Any]) -> str:
     lines = [
-        f"{found.folder}: loads whole in transformers {found.transformers}, and generates",
-        f"  {found.parameters:,} parameters, {found.bytes:,} bytes",
+        f"{found['folder']}: loads whole in transformers {found['transformers']}, and generates",
+        f"  {found['parameters']:,} parameters, {found['bytes']:,} bytes",
     ]
-    if found.base_parameters:
-        lines[-1] += f"; before {found.base_parameters:,} parameters, {found.base_bytes:,} bytes"
-    if found.difference is not None:
-        lines.append(f"  logits differ by {found.difference:.1e} of the largest ({found.allowed:.0e} is allowed)")
+    if found["base_parameters"]:
+        lines[-1] += f"; before {found['base_parameters']:,} parameters, {found['base_bytes']:,} bytes"
+    if found["difference"] is not None:
+        allowed = f"({found['allowed']:.0e} is allowed)" if found["allowed"] else "(none is allowed)"
+        lines.append(f"  logits differ by {found['difference']:.1e} of the largest {allowed}")
     return "\n".join(lines)
