@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ..adapters.huggingface import CONFIG, INDEX, WEIGHTS
 from .export_config import MAY_BE_DENSE, rewritten
+from .export_quantized import quantization_config
 from .export_source import EXPORTED, Lazy, Source, check_source, zeros
 from .families import MODULES
 from .partial import check_target
@@ -104,6 +106,8 @@ def _write(folder: Path, route: _Route, source: Source, shard_bytes: int) -> Exp
     dense = {*written.shape.dense, *route.stubs}
     config = rewritten(written.config, written.family, written.shape, written.origin, dense, route.width)
     tensors = {**written.weights, **dict(_fillers(route))}
+    if written.few:
+        config["quantization_config"] = quantization_config(*written.few, _whole_modules(tensors))
     parameters, size = _write_shards(folder, tensors, shard_bytes)
     done = Exported(
         target=str(folder),
@@ -164,9 +168,14 @@ def _route(source: Source, loader: Loader, allow_zeroed: bool, stub_width: int) 
     zeroed = tuple(layer for layer in alone if layer not in possible)
     if zeroed and not allow_zeroed:
         raise ValueError(f"{source.where}: {_why_not(source, zeroed)}")
+    if zeroed and source.few:
+        raise ValueError(
+            f"{source.where}: layers {list(zeroed)} would have experts of zeros, and others are in few bits, which no "
+            f"stock model mixes; export what is cut, then quantize that"
+        )
     if zeroed and not source.shape.moe_layers:
         raise ValueError(
-            f"{source.where}: no layer has experts any more, of which the {source.family} family needs one; keep those of "
+            f"{source.where}: no layer has experts any more, and the {source.family} family needs one; keep those of "
             f"layer {zeroed[0]}"
         )
     return _Route(source, stubs, zeroed, width if stubs and not source.shape.dense else 0)
@@ -186,8 +195,8 @@ def _why_not(source: Source, zeroed: tuple[int, ...]) -> str:
     zeros_instead = "or take --allow-zeroed, which is right but saves nothing"
     if MAY_BE_DENSE[source.family] == "none":
         return (
-            f"layers {origin} of the base have no experts, and models of the {source.family} family have some in all; the "
-            f"nearest plan drops these layers as whole blocks, {zeros_instead}"
+            f"layers {origin} of the base have no experts, and models of the {source.family} family have some in all; "
+            f"the nearest plan drops these layers as whole blocks, {zeros_instead}"
         )
     first = [layer for layer in range(source.shape.layers) if source.shape.experts[layer] or layer in zeroed]
     nearest = [source.origin[layer] for layer in first[: len(zeroed)]]
@@ -247,13 +256,14 @@ def _write_shards(folder: Path, tensors: Mapping[str, Lazy], shard_bytes: int) -
         shard.clear()
 
     for name in sorted(tensors, key=_natural):
-        tensor = tensors[name].read()
-        num_bytes = tensor.numel() * tensor.element_size()
+        lazy = tensors[name]
+        parts = lazy.packed(name) if lazy.packed else {name: lazy.read().contiguous()}
+        num_bytes = sum(part.numel() * part.element_size() for part in parts.values())
         if shard and held + num_bytes > shard_bytes:
             flush()
             held = 0
-        shard[name] = tensor.contiguous()
-        held, size, parameters = held + num_bytes, size + num_bytes, parameters + tensor.numel()
+        shard |= parts
+        held, size, parameters = held + num_bytes, size + num_bytes, parameters + prod(lazy.shape)
     flush()
     names = [WEIGHTS] if len(shards) == 1 else list(_file_names(len(shards)))
     for number, name in enumerate(names):
@@ -262,6 +272,15 @@ def _write_shards(folder: Path, tensors: Mapping[str, Lazy], shard_bytes: int) -
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     return parameters, size
+
+
+def _whole_modules(tensors: Mapping[str, Lazy]) -> list[str]:
+    """What would be a linear layer in few bits to a loader, and is not."""
+    return [
+        name.removesuffix(".weight")
+        for name in sorted(tensors, key=_natural)
+        if len(tensors[name].shape) == 2 and not tensors[name].packed and name != "model.embed_tokens.weight"
+    ]
 
 
 def _file_names(count: int) -> Iterable[str]:

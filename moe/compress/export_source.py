@@ -17,10 +17,11 @@ from ..config import ModelConfig, RouterConfig
 from ..decoder import Decoder
 from ..layer import MoELayer
 from .export_config import check_config
+from .export_quantized import packed_tensors
 from .places import Place, places_of
 from .plan import Shape
 from .shapes import shape_of_model
-from .stored import BASE_CONFIG, COMPRESSED, read_stock
+from .stored import BASE_CONFIG, COMPRESSED, StoredTensor, read_stock
 
 __all__ = ["EXPORTED", "Lazy", "Source", "check_source", "from_decoder", "open_folder", "zeros"]
 
@@ -37,6 +38,8 @@ class Lazy:
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    packed: Callable[[str], dict[str, Tensor]] | None = None
+    """Of a weight in few bits: its name -> the tensors that stand for it in stock checkpoints. `read` is not called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,8 @@ class Source:
     """Number of each layer in the base model."""
     weights: Mapping[str, Lazy]
     dtype: torch.dtype
+    few: tuple[int, int] | None = None
+    """Bits of weights in few bits, and neighbours that share a scale (0: a whole row); None: there are none."""
     companions: tuple[Path, ...] = ()
     """Files that go with it unchanged."""
     plans: tuple[str, ...] = ()
@@ -73,20 +78,25 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Lazy:
 def open_folder(folder: Path | str) -> Source:
     """The checkpoint at `folder`: stock, or what `apply` made of one.
 
-    Raises ValueError where it is neither, a file is damaged, or weights are quantized.
+    Raises ValueError where it is neither, or a file is damaged.
     """
     stock = read_stock(folder)
     check_config(stock.config, str(stock.config_file))
-    if few := sorted(name for name in stock.tensors if name.endswith((".q", ".scale"))):
-        raise ValueError(f"{folder}: {few[0]} is a weight in few bits, which no stock loader reads; export before that")
-    stored, places = StoredWeights(stock.path), places_of(stock.tensors, stock.family, stock.shape.layers)
-    weights = {
-        name: Lazy(stock.tensors[name].shape, partial(stored.__getitem__, name))
-        for name, place in places.items()
-        if place.part != "next_n" and place.weight != "inv_freq"
-    }
-    if "model.norm.weight" not in weights:
+    stored, tensors = StoredWeights(stock.path), stock.tensors
+    # A weight in few bits is two tensors; what they stand for is a matrix like another.
+    names = dict.fromkeys(name.removesuffix(".q").removesuffix(".scale") for name in tensors)
+    places = places_of(names, stock.family, stock.shape.layers)
+    if "model.norm.weight" not in names:
         raise ValueError(f"{folder}: model.norm.weight is missing")
+    dtype, few = stored["model.norm.weight"].dtype, None
+    weights: dict[str, Lazy] = {}
+    for name, place in places.items():
+        if place.part == "next_n" or place.weight == "inv_freq":
+            continue
+        if name in tensors:
+            weights[name] = Lazy(tensors[name].shape, partial(stored.__getitem__, name))
+        else:
+            weights[name], few = _few_bits(stored, tensors, name, dtype)
     return Source(
         where=str(folder),
         family=stock.family,
@@ -94,10 +104,29 @@ def open_folder(folder: Path | str) -> Source:
         shape=stock.shape,
         origin=stock.origin,
         weights=weights,
-        dtype=stored["model.norm.weight"].dtype,
+        dtype=dtype,
+        few=few,
         companions=_companions(stock.path),
         plans=stock.plans,
     )
+
+
+def _few_bits(
+    stored: StoredWeights, tensors: Mapping[str, StoredTensor], name: str, dtype: torch.dtype
+) -> tuple[Lazy, tuple[int, int]]:
+    """The weight `name`, stored as codes and scales, and its (bits, group)."""
+    missing = [part for part in (f"{name}.q", f"{name}.scale") if part not in tensors]
+    if missing:
+        raise ValueError(f"{stored.folder}: {missing[0]} is missing")
+    q, scale = tensors[f"{name}.q"], tensors[f"{name}.scale"]
+    in_byte = 2 if q.dtype == "U8" else 1
+    shape = (q.shape[0], in_byte * q.shape[1])
+
+    def packed(as_name: str) -> dict[str, Tensor]:
+        return packed_tensors(as_name, stored[f"{name}.q"], stored[f"{name}.scale"], dtype)
+
+    group = shape[1] // scale.shape[1] if in_byte == 2 else 0
+    return Lazy(shape, partial(stored.__getitem__, f"{name}.q"), packed), (8 // in_byte, group)
 
 
 def from_decoder(

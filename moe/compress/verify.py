@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,8 @@ models of the same one it is 0, unless routers have fewer rows or another order 
 
 _BATCH, _LENGTH, _GENERATED = 2, 48, 4
 _LISTED = 4
+_PACKED = re.compile(r"(?<=\.weight)_(packed|scale|shape)$")
+"""What stands behind the name of a weight in few bits."""
 _NOTHING: dict[str, Any] = {"generate": 0, "blocks": [], "feeds": [], "experts": {}, "silent": {}}
 
 
@@ -77,6 +80,8 @@ def verify(
     exact, result = False, {}
     if against is not None:
         base = read_stock(against)
+        if stock.config.get("quantization_config") is not None:
+            raise ValueError(f"{against}: has whole weights, and the export few bits; compare with what was exported")
         bypass, exact = _bypass(base, stock)
         orders.append({"folder": str(against), **bypass})
         exact = exact and python == sys.executable
@@ -149,7 +154,8 @@ def ask(orders: list[dict[str, Any]], python: str) -> list[dict[str, Any]]:
 def _left_over(stock: StockFolder) -> list[str]:
     """Tensors of layers or experts that the model does not have: some loaders ignore them in silence."""
     left: list[str] = []
-    for name, place in places_of(stock.tensors, stock.family, stock.shape.layers).items():
+    whole = {_PACKED.sub("", name) for name in stock.tensors}
+    for name, place in places_of(whole, stock.family, stock.shape.layers).items():
         is_beyond = place.expert is not None and place.expert >= stock.shape.experts[place.layer or 0]
         if place.part == "next_n" or is_beyond:
             left.append(name)
@@ -216,7 +222,14 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def _elements(stock: StockFolder) -> int:
-    return sum(prod(tensor.shape) for tensor in stock.tensors.values())
+    """Of all weights, also where several of few bits are in one int32."""
+    few = stock.config.get("quantization_config")
+    in_one = 32 // few["config_groups"]["group_0"]["weights"]["num_bits"] if few else 1
+    return sum(
+        prod(tensor.shape) * (in_one if name.endswith("_packed") else 1)
+        for name, tensor in stock.tensors.items()
+        if not name.endswith(("weight_scale", "weight_shape"))
+    )
 
 
 def _bytes(stock: StockFolder) -> int:

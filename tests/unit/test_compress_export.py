@@ -6,6 +6,7 @@ do with a wrong folder is asserted beside what is refused.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stock_models import save_stock
+from stock_models import CONFIGS, save_stock
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -28,10 +29,11 @@ from wastenot.moe.compress import export as export_module
 from wastenot.moe.compress import stock_forward
 from wastenot.moe.compress import verify as verify_module
 from wastenot.moe.compress.apply import apply_plan
+from wastenot.moe.compress.change import weight_change
 from wastenot.moe.compress.export import Exported, export
 from wastenot.moe.compress.export_source import from_decoder, open_folder
 from wastenot.moe.compress.fingerprint import checkpoint_fingerprint
-from wastenot.moe.compress.plan import DropPlan
+from wastenot.moe.compress.plan import DropPlan, Quantize
 from wastenot.moe.compress.shapes import shape_of_model
 from wastenot.moe.compress.stored import read_stock
 from wastenot.moe.compress.verify import TOLERANCE, verify
@@ -39,7 +41,7 @@ from wastenot.moe.config import ModelConfig, MoEConfig, RouterConfig
 from wastenot.moe.decoder import Decoder, build_decoder
 from wastenot.parallel.mesh import single
 from wastenot.tools.cli import main
-from wastenot.tools.compress.verify import dropless_logits
+from wastenot.tools.compress.verify import dropless_logits, verified
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -358,6 +360,62 @@ def test_a_window_stays_with_its_family(here, tmp_path):
     assert found.problems == () and found.difference == 0.0
     with pytest.raises(ValueError, match=r"sliding_window: 6; .* Drop whole blocks instead"):
         exported(stock, tmp_path / "layers", LAYERS)
+
+
+WIDE = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+}
+"""Widths that groups of 32 divide."""
+
+
+def in_few_bits(family: str, bits: int, folder: Path, **drops: Any) -> Path:
+    """A stock model, cut and quantized: the compressed folder, beside the stock one."""
+    known = CONFIGS[family].to_dict()
+    sizes = {key: value for key, value in WIDE.items() if key in known} | {"layer_types": None}
+    stock = save_stock(family, folder / "stock", num_hidden_layers=4, **sizes)
+    how = Quantize(bits=bits)
+    plan = DropPlan(base=checkpoint_fingerprint(stock), shape=read_stock(stock).shape, quantize=how, **drops)
+    apply_plan(stock, folder / "applied", plan, transform=weight_change(plan))
+    return folder / "applied"
+
+
+def test_few_bits_stay_few_and_what_is_whole_is_named(tmp_path):
+    done = export(open_folder(in_few_bits("mixtral", 4, tmp_path, layers=(0,))), tmp_path / "exported")
+    config, tensors = config_of(tmp_path / "exported"), tensors_of(tmp_path / "exported")
+    assert not any(name.endswith((".q", ".scale")) for name in tensors)
+    assert "model.layers.1.mlp.experts.3.down_proj.weight_packed" in tensors
+    whole = {name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dim() == 2}
+    whole = {name for name in whole if not name.endswith(("_packed", "_scale")) and "embed" not in name}
+    assert {*config["quantization_config"]["ignore"]} == whole
+    assert {"lm_head", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.gate"} <= whole
+    assert done.bytes < 2 * done.parameters
+
+
+def test_experts_of_zeros_among_few_bits_are_refused(tmp_path):
+    folder = in_few_bits("olmoe", 8, tmp_path, layers=(1,))
+    with pytest.raises(ValueError, match=r"layers \[1\] would have experts of zeros, and others are in few bits"):
+        export(open_folder(folder), tmp_path / "exported", allow_zeroed=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="needs compressed-tensors")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_what_is_cut_and_in_few_bits_loads_as_the_weights_that_the_codes_stand_for(family, bits, here, tmp_path):
+    layers = {} if family == "olmoe" else {"layers": (0,)}
+    folder = in_few_bits(family, bits, tmp_path, blocks=(3,), **layers)
+    done = export(open_folder(folder), tmp_path / "exported")
+    found = verified(tmp_path / "exported", folder)
+    assert (found["parameters"], found["bytes"]) == (done.parameters, done.bytes)
+    with pytest.raises(ValueError, match="has whole weights, and the export few bits"):
+        verify(tmp_path / "exported", against=tmp_path / "stock")
 
 
 def test_groups_too_small_for_the_stock_router_are_refused(tmp_path):
