@@ -34,6 +34,7 @@ __all__ = ["Exported", "Loader", "export"]
 Loader = Literal["hf", "vllm"]
 
 _SHARD_BYTES = 4 * 2**30
+_STUB_WIDTH = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +70,20 @@ def export(
     *,
     loader: Loader = "hf",
     allow_zeroed: bool = False,
-    stub_width: int = 128,
+    stub_width: int | None = None,
     shard_bytes: int = _SHARD_BYTES,
 ) -> Exported:
     """Writes `source` to the folder `target`, which appears when it is complete.
 
     allow_zeroed: write layers that the family cannot do without as experts of zeros; stub_width: hidden units of
-    dense networks of zeros, where the model leaves that free; shard_bytes: of one file, and held in memory.
+    dense networks of zeros, where the model leaves that free (None: 128, which groups of quantization and tensor ranks
+    divide, or an expert's if it has fewer); shard_bytes: of one file, and held in memory.
 
     Raises ValueError where nothing stock computes the model, tensors are missing, or `target` is not empty.
     """
     target = Path(target)
     check_target(target)
-    if stub_width < 1:
+    if stub_width is not None and stub_width < 1:
         raise ValueError(f"stub_width: {stub_width} is too small; use 1 or more, for example 128")
     _check_counts(source)
     route = _route(source, loader, allow_zeroed, stub_width)
@@ -139,12 +141,12 @@ def _check_counts(source: Source) -> None:
     shape = source.shape
     counts = [experts for experts in shape.experts if experts]
     if len(set(counts)) > 1:
-        step = shape.groups
-        equal = max(shape.top_k, round(sum(counts) / len(counts)))
-        equal = -(-equal // step) * step
+        # On average as many, and as many in each group.
+        equal = round(sum(counts) / len(counts) / shape.groups) * shape.groups
         raise ValueError(
             f"{source.where}: its layers have {min(counts)} to {max(counts)} experts, and stock models have one number "
-            f"for all; the nearest plan drops experts down to {equal} in each of the {len(counts)} layers"
+            f"for all; the nearest plan keeps {equal} in each of the {len(counts)} layers, and a second one may cut "
+            f"what is left here to {min(counts)}"
         )
     fewest = shape.groups * (MODULES[source.family].smallest_group if source.family in MODULES else 1)
     if counts and counts[0] < fewest:
@@ -154,9 +156,10 @@ def _check_counts(source: Source) -> None:
         )
 
 
-def _route(source: Source, loader: Loader, allow_zeroed: bool, stub_width: int) -> _Route:
+def _route(source: Source, loader: Loader, allow_zeroed: bool, stub_width: int | None) -> _Route:
     alone = source.attend_only
-    width = min(stub_width, source.config.get("intermediate_size", stub_width))
+    config = source.config
+    width = stub_width or min(_STUB_WIDTH, config.get("moe_intermediate_size") or config["intermediate_size"])
     if source.family == "deepseek" or (source.family in REEXPRESSED and alone):
         source = as_qwen2_moe(source, width, biases=loader == "vllm")
         if loader == "vllm":

@@ -55,6 +55,7 @@ _MIXTRAL = {
     "hidden_act": "silu",
     "max_position_embeddings": 131072,
     "num_key_value_heads": 8,
+    "num_local_experts": 8,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
 }
@@ -87,6 +88,7 @@ def _config(source: Source, width: int, biases: bool) -> dict[str, Any]:
     if isinstance(given.get("rope_parameters"), Mapping):
         new["rope_theta"] = given["rope_parameters"].get("rope_theta", given["rope_theta"])
     experts, shared, dense = given["intermediate_size"], width, width
+    new["num_experts"] = given["n_routed_experts" if source.family == "deepseek" else "num_local_experts"]
     if source.family == "deepseek":
         experts, dense = given["moe_intermediate_size"], given["intermediate_size"]
         shared = experts * (given["n_shared_experts"] or 0) or width

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -76,14 +77,14 @@ def verify(
     length = min(_LENGTH, length)
     # Fixed, and none twice in a row.
     tokens_BS = ((torch.arange(_BATCH * length) * 7919 + 13) % 10007 % vocab).view(_BATCH, length)
-    orders: list[dict[str, Any]] = [{"folder": str(folder), "generate": _GENERATED}]
+    orders: list[dict[str, Any]] = [{"folder": str(folder.resolve()), "generate": _GENERATED}]
     exact, result = False, {}
     if against is not None:
         base = read_stock(against)
         if stock.config.get("quantization_config") is not None:
             raise ValueError(f"{against}: has whole weights, and the export few bits; compare with what was exported")
         bypass, exact = _bypass(base, stock)
-        orders.append({"folder": str(against), **bypass})
+        orders.append({"folder": str(Path(against).resolve()), **bypass})
         exact = exact and python == sys.executable
         result = {"base_parameters": _elements(base), "base_bytes": _bytes(base)}
     answers = _answers(orders, tokens_BS, python)
@@ -138,13 +139,16 @@ def _answers(
 
 def ask(orders: list[dict[str, Any]], python: str) -> list[dict[str, Any]]:
     """The answers of `stock_forward.py`, in a process of its own without a network."""
+    program = shutil.which(python)
+    if program is None:
+        raise ValueError(f"{python}: is no program that can be started; give the file of a Python interpreter")
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # -I: neither this folder nor the user's packages; the script needs only what the interpreter has installed.
-    command = [python, "-I", stock_forward.__file__]
-    try:
-        done = subprocess.run(command, input=json.dumps(orders), capture_output=True, text=True, env=env, check=False)
-    except OSError as error:
-        raise ValueError(f"{python}: cannot be started ({error.strerror or error})") from error
+    # As text, and elsewhere: a script's folder comes before the standard library, and modules here have names of that.
+    command = [str(Path(program).absolute()), "-c", Path(stock_forward.__file__).read_text(encoding="utf-8")]
+    with tempfile.TemporaryDirectory() as nowhere:
+        done = subprocess.run(
+            command, input=json.dumps(orders), capture_output=True, text=True, env=env, cwd=nowhere, check=False
+        )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise ValueError(f"{python}: {lines[-1]}; it needs torch and transformers: pip install 'wastenot[hf]'")

@@ -177,13 +177,22 @@ def test_mixtral_without_experts_in_a_layer_is_smaller_as_qwen2_moe(base, here, 
     assert found.parameters < found.base_parameters
 
 
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "qwen3_moe-plain", "deepseek_v3"])
+def test_no_layer_needs_experts_where_the_family_can_say_so(case, base, here, tmp_path):
+    done = exported(base(case), tmp_path, {"layers": tuple(range(6))})
+    assert done.stubs == (0, 1, 2, 3, 4, 5)
+    found = verify(tmp_path / "exported", against=base(case))
+    assert found.problems == () and found.difference == 0.0
+    assert found.parameters < found.base_parameters
+
+
 def test_stub_is_as_wide_as_the_dense_layers_there_are_or_as_asked(base, tmp_path):
     assert exported(base("qwen3_moe"), tmp_path / "a", LAYERS).width == 24
-    assert exported(base("qwen3_moe-plain"), tmp_path / "b", LAYERS).width == 128
-    assert exported(base("qwen3_moe-plain"), tmp_path / "c", LAYERS, stub_width=1).width == 1
+    assert exported(base("qwen3_moe-plain"), tmp_path / "b", LAYERS).width == 8
+    assert exported(base("qwen3_moe-plain"), tmp_path / "c", LAYERS, stub_width=128).width == 128
     # No layer is dense any more once these are gone.
-    assert exported(base("deepseek_v2"), tmp_path / "d", FIRST, stub_width=16).width == 16
-    assert config_of(tmp_path / "d" / "exported")["intermediate_size"] == 16
+    assert exported(base("deepseek_v2"), tmp_path / "d", FIRST, stub_width=3).width == 3
+    assert config_of(tmp_path / "d" / "exported")["intermediate_size"] == 3
     with pytest.raises(ValueError, match="stub_width: 0 is too small"):
         exported(base("qwen3_moe-plain"), tmp_path / "e", LAYERS, stub_width=0)
 
@@ -276,7 +285,7 @@ def test_c3_unequal_expert_counts_do_not_load_and_are_refused(base, tmp_path):
     with pytest.raises(Exception, match=r".") as loading:
         AutoModelForCausalLM.from_pretrained(wrong)
     assert loading.type is not AssertionError
-    with pytest.raises(ValueError, match=r"4 to 6 experts.*nearest plan drops experts down to 6 in each of the 6"):
+    with pytest.raises(ValueError, match=r"4 to 6 experts.*nearest plan keeps 6 in each of the 6 layers.* to 4"):
         export(open_folder(folder), tmp_path / "exported")
     with pytest.raises(ValueError, match="layer 1 lacks"):
         export(open_folder(wrong), tmp_path / "exported")
@@ -378,7 +387,7 @@ WIDE = {
 def in_few_bits(family: str, bits: int, folder: Path, **drops: Any) -> Path:
     """A stock model, cut and quantized: the compressed folder, beside the stock one."""
     known = CONFIGS[family].to_dict()
-    sizes = {key: value for key, value in WIDE.items() if key in known} | {"layer_types": None}
+    sizes: dict[str, Any] = {key: value for key, value in WIDE.items() if key in known} | {"layer_types": None}
     stock = save_stock(family, folder / "stock", num_hidden_layers=4, **sizes)
     how = Quantize(bits=bits)
     plan = DropPlan(base=checkpoint_fingerprint(stock), shape=read_stock(stock).shape, quantize=how, **drops)
@@ -621,7 +630,7 @@ def test_commands_refuse_in_one_line(base, tmp_path, capsys):
         (("export", source, target, "--shard-size", "much"), "--shard-size: "),
         (("export", str(tmp_path / "nothing"), target), "nothing"),
         (("verify", source), "config.json"),
-        (("verify", str(base("olmoe")), "--python", str(tmp_path / "none")), "cannot be started"),
+        (("verify", str(base("olmoe")), "--python", str(tmp_path / "none")), "is no program that can be started"),
     ):
         code, text = said(capsys, *words)
         assert code == 2 and says in text and len(text.splitlines()) == 1

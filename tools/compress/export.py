@@ -38,10 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stub-width",
         type=int,
-        default=128,
         metavar="N",
         help="hidden units of the dense network of zeros of a layer without experts, where the model leaves it free "
-        "(%(default)s, or the model's own width if that is smaller)",
+        "(128, or an expert's if it has fewer)",
     )
     parser.add_argument(
         "--shard-size", default="4GiB", metavar="SIZE", help="of a file, which memory holds (%(default)s)"
