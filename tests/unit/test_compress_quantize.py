@@ -28,8 +28,12 @@ from wastenot.launch.tokenizer import byte_tokenizer
 from wastenot.moe.adapters.huggingface import StoredWeights
 from wastenot.moe.compress.apply import apply_plan
 from wastenot.moe.compress.change import weight_change
-from wastenot.moe.compress.export_quantized import export_quantized, is_quantized, packed_tensors
+from wastenot.moe.compress.export import export
+from wastenot.moe.compress.export_quantized import packed_tensors
+from wastenot.moe.compress.export_source import open_folder
 from wastenot.moe.compress.fingerprint import checkpoint_fingerprint
+from wastenot.moe.compress.forward import block_output
+from wastenot.moe.compress.open import open_model
 from wastenot.moe.compress.places import NATIVE, Place, places_of
 from wastenot.moe.compress.plan import DropPlan, Method, Quantize, Shape, Slim
 from wastenot.moe.compress.profile import Profile, ProfileConfig
@@ -473,8 +477,8 @@ def test_a_stock_export_holds_the_same_codes_in_the_order_of_compressed_tensors(
 ) -> None:
     """Unpacked bit by bit, as the layout says: code i of a word from bit i * bits on, moved up by half the range."""
     _, few = stock_in_few_bits(family, how, tmp_path)
-    assert is_quantized(few)
-    export_quantized(few, tmp_path / "out")
+    done = export(open_folder(few), tmp_path / "out", shard_bytes=50_000)
+    assert done.parameters == sum(tensor.numel() for tensor in StoredWeights(tmp_path / "whole").values())
     stored, made = StoredWeights(few), StoredWeights(tmp_path / "out")
     names = [name.removesuffix(".q") for name in stored if name.endswith(".q")]
     assert {name for name in made if name.endswith("_packed")} == {f"{name}_packed" for name in names}
@@ -494,10 +498,23 @@ def test_a_stock_export_holds_the_same_codes_in_the_order_of_compressed_tensors(
     gates = {name for name in config["ignore"] if "gate" in name.split(".")[-1]}
     assert gates == {name.removesuffix(".weight") for name in made if name.endswith("gate.weight")}
     assert (tmp_path / "out" / "tokenizer.json").is_file()
-    assert not is_quantized(tmp_path / "whole")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="needs compressed-tensors")
+NEEDS_PACKAGE = pytest.mark.skipif(
+    importlib.util.find_spec("compressed_tensors") is None,
+    reason="transformers reads the layout through the package compressed-tensors",
+)
+
+
+def loaded(folder: Path) -> Tensor:
+    """Logits of the model in `folder`, which stock transformers loads without a word of complaint."""
+    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(told.values()), told
+    with torch.no_grad():
+        return model.eval()(torch.arange(24).view(2, 12)).logits
+
+
+@NEEDS_PACKAGE
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", [FOUR, EIGHT], ids=["4", "8"])
 @pytest.mark.parametrize("family", CONFIGS)
@@ -505,31 +522,63 @@ def test_a_stock_export_loads_in_stock_transformers_and_computes_the_same(
     family: str, how: Quantize, tmp_path: Path
 ) -> None:
     whole, few = stock_in_few_bits(family, how, tmp_path)
-    export_quantized(few, tmp_path / "out")
+    export(open_folder(few), tmp_path / "out")
+    save_file(formed(few, whole), whole / "model.safetensors", {"format": "pt"})
+    assert torch.equal(loaded(tmp_path / "out"), loaded(whole))
+
+
+def formed(few: Path, whole: Path) -> dict[str, Tensor]:
+    """The weights in `whole`, those in few bits in `few` as what these stand for."""
     stored, weights = StoredWeights(few), dict(StoredWeights(whole))
     for name in weights:
         if f"{name}.q" in stored:
             weights[name] = dequantize(stored[f"{name}.q"], stored[f"{name}.scale"])
-    save_file(weights, whole / "model.safetensors", {"format": "pt"})
-    expected = AutoModelForCausalLM.from_pretrained(whole).eval()
-    model, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(told.values()), told
-    tokens = torch.arange(24).view(2, 12)
-    with torch.no_grad():
-        assert torch.equal(model.eval()(tokens).logits, expected(tokens).logits)
+    return weights
+
+
+def cut_and_in_few_bits(family: str, home: Path) -> tuple[Path, int]:
+    """... of which one layer only attends, and which that is."""
+    whole, _ = stock_in_few_bits(family, FOUR, home)
+    shape = read_stock(whole).shape
+    layer = shape.moe_layers[0]
+    plan = DropPlan(base=checkpoint_fingerprint(whole), shape=shape, layers=(layer,), quantize=FOUR)
+    apply_plan(whole, home / "cut", plan, transform=weight_change(plan))
+    return home / "cut", layer
+
+
+@NEEDS_PACKAGE
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
+def test_what_is_cut_and_in_few_bits_loads_too(family: str, tmp_path: Path) -> None:
+    """Mixtral as a Qwen2-MoE, with shared experts of zeros."""
+    cut, _ = cut_and_in_few_bits(family, tmp_path)
+    export(open_folder(cut), tmp_path / "out")
+    model = open_model(cut)
+    h_BSD = model.embed(torch.arange(24).view(2, 12))
+    for number in range(model.shape.layers):
+        h_BSD = block_output(model.layer(number), h_BSD, single())[1]
+    torch.testing.assert_close(loaded(tmp_path / "out"), model.logits(h_BSD), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])
+def test_what_is_cut_and_in_few_bits_leaves_whole_what_it_adds(family: str, tmp_path: Path) -> None:
+    """A layer that only attends gets a dense network of zeros, which the list of whole modules names."""
+    cut, layer = cut_and_in_few_bits(family, tmp_path)
+    done = export(open_folder(cut), tmp_path / "out")
+    assert done.stubs == (layer,)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    stub = {f"model.layers.{layer}.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert stub <= set(config["ignore"])
+    made = StoredWeights(tmp_path / "out")
+    assert all(f"{name}.weight" in made and f"{name}.weight_packed" not in made for name in stub)
 
 
 def test_what_cannot_be_exported_in_few_bits_is_refused(tmp_path: Path) -> None:
-    whole, few = stock_in_few_bits("mixtral", FOUR, tmp_path)
-    with pytest.raises(ValueError, match="holds no weights in few bits; apply a plan with `quantize` first"):
-        export_quantized(whole, tmp_path / "out")
-    plan = DropPlan(base=checkpoint_fingerprint(whole), shape=read_stock(whole).shape, blocks=(1,), quantize=FOUR)
+    whole, _ = stock_in_few_bits("olmoe", FOUR, tmp_path)
+    plan = DropPlan(base=checkpoint_fingerprint(whole), shape=read_stock(whole).shape, layers=(1,), quantize=FOUR)
     apply_plan(whole, tmp_path / "cut", plan, transform=weight_change(plan))
-    with pytest.raises(ValueError, match="export what is cut, then quantize that"):
-        export_quantized(tmp_path / "cut", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"layers \[1\] would have experts of zeros, and others are in few bits"):
+        export(open_folder(tmp_path / "cut"), tmp_path / "out", allow_zeroed=True)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="w: 12 inputs fill no whole int32 of 8 codes"):
         packed_tensors("w", torch.zeros(2, 6, dtype=torch.uint8), torch.ones(2, 1), torch.float32)
-    assert not (tmp_path / "out").exists()
-    export_quantized(few, tmp_path / "out")
-    with pytest.raises(ValueError, match="exists; name a new folder"):
-        export_quantized(few, tmp_path / "out")
