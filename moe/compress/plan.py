@@ -72,7 +72,7 @@ class Quantize:
 
     bits: int = 4
     group: int = 32
-    """Neighbours along the input that share a scale."""
+    """Neighbours along the input that share a scale; with 8 bits a whole row does."""
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
