@@ -18,7 +18,7 @@ from torch import Tensor
 from ..launch.data import eval_windows
 from ..launch.errors import UserError
 from ..launch.precision import computing_in
-from ..launch.saved_run import SavedRun, open_run
+from ..launch.saved_run import SavedRun, open_run, refuse_quantized
 from ..launch.shards import TokenShards
 from ..moe.config import EmulateConfig, RectifyConfig, RouterConfig, nearest_divisor
 from ..moe.decoder import with_router
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Routes one held-out batch both ways and draws it."""
     check_output(args.output, MARK, "a PNG picture", FILE_NAME)
     saved = open_run(args.run, args.checkpoint)
+    refuse_quantized(saved.checkpoint, "be routed otherwise")
     before, after = both_routings(saved, args.ranks, args.capacity_factor)
     if not -len(before) <= args.layer < len(before):
         raise UserError(f"--layer: {args.layer} is not there; use 0 to {len(before) - 1}")

@@ -70,7 +70,8 @@ class QuantizedWeight(nn.Module):
         q, scale = (self.q, self.scale) if expert is None else (self.q[expert], self.scale[expert])
         if not self.is_packed:
             return F.linear(x_RI, dequantize(q, scale).to(x_RI.dtype))
-        rows = x_RI.bfloat16().contiguous()
+        # Scales follow a model that is moved to another dtype; the kernels want theirs.
+        rows, scale = x_RI.bfloat16().contiguous(), scale.bfloat16()
         if q.dtype == torch.int8:
             return torch.ops.aten._weight_int8pack_mm(rows, q, scale).to(x_RI.dtype)
         group = rows.size(-1) // scale.size(0)

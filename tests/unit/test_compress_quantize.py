@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from wastenot.launch.config import DataConfig, LogConfig, LoopConfig, ScheduleConfig, TrainConfig
+from wastenot.launch.corpus import prepare_files
 from wastenot.launch.run_folder import RunFolder
 from wastenot.launch.saved_run import open_run, write_run
 from wastenot.launch.settings import as_mapping
@@ -244,6 +245,9 @@ def test_a_decoder_computes_and_generates_as_with_the_weights_that_are_stored(ho
     assert off(hidden_of(model), hidden_of(a_model())) > off(hidden_of(model), hidden_of(expected))
     with torch.autocast("cpu", torch.bfloat16):
         assert off(hidden_of(model), hidden_of(expected)) < 4 * BF16
+    before = hidden_of(model)
+    assert torch.equal(hidden_of(model.float()), before)
+    assert off(hidden_of(model.bfloat16()), before) < 16 * BF16
     assert len(generate(model, [[1, 2, 3], [4]], max_new_tokens=5, seed=3)[0]) == 5
 
 
@@ -324,13 +328,20 @@ def test_a_run_in_few_bits_opens_for_evaluation_and_generation(run: Path, capsys
     assert torch.equal(hidden_of(found), hidden_of(quantize_decoder_(a_model(), FOUR)))
     assert bytes_of(found) < 0.5 * bytes_of(a_model())
     assert main(["generate", str(run), "--prompt", "a", "--tokens", "2", "--json"]) == 0
+    corpus = prepare_files([run.parent / "words.txt"], DataConfig(dir=str(run.parent), tokenizer="bytes", seq_len=16))
+    assert main(["eval", str(run), "--data", str(corpus), "--json"]) == 0
 
 
 def test_a_run_in_few_bits_neither_converts_nor_trains_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One line that says why, exit code 2, and nothing written."""
     new = run.parent / "new"
     resume = ["train", str(run / "config.yaml"), "-s", f"log.dir={new}", "-s", f"checkpoint.resume={run}"]
-    for arguments, purpose in ((["convert", "to-hf", str(run), str(new)], "converted"), (resume, "trained")):
+    for arguments, purpose in (
+        (["convert", "to-hf", str(run), str(new)], "converted"),
+        (["upcycle", str(run), str(new), "--experts", "2"], "upcycled"),
+        (["slots", str(run), "--output", str(run.parent / "slots.png")], "routed otherwise"),
+        (resume, "trained"),
+    ):
         assert main(arguments) == 2
         torch.set_deterministic_debug_mode("default")
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
