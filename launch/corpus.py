@@ -126,14 +126,27 @@ def _find_or_build(corpus: Corpus, config: DataConfig, progress: bool) -> Path:
         "val_fraction": config.val_fraction,
     }
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    parent = Path(config.dir)
-    folder = parent / f"{corpus.name}-{tokenizer_name}-{digest}"
+    folder = Path(config.dir) / f"{corpus.name}-{tokenizer_name}-{digest}"
+
+    def build(part: Path) -> None:
+        with _bars(progress) as bars:
+            _build(part, corpus, config, bars)
+
+    return find_or_build(folder, build)
+
+
+def find_or_build(folder: Path, build: Callable[[Path], None]) -> Path:
+    """The prepared `folder`: found, or filled by `build`, in one process while others wait, and then put there whole.
+
+    Raises UserError where it cannot be written, or is none in the end.
+    """
+    parent = folder.parent
     try:
         if not folder.is_dir():
             parent.mkdir(parents=True, exist_ok=True)
             with _locked(parent / f".{folder.name}.lock") as alone:
                 if not folder.is_dir():
-                    _build_beside(folder, alone, corpus, config, progress)
+                    _build_beside(folder, alone, build)
     except OSError as error:
         raise UserError(f"data.dir: cannot prepare {folder.name} in {parent} ({error})") from error
     return _checked(folder)
@@ -161,7 +174,7 @@ def _locked(path: Path) -> Iterator[bool]:
             yield True
 
 
-def _build_beside(folder: Path, alone: bool, corpus: Corpus, config: DataConfig, progress: bool) -> None:
+def _build_beside(folder: Path, alone: bool, build: Callable[[Path], None]) -> None:
     """Builds in a folder of another name and renames it; `alone` says that leftovers belong to nobody."""
     if alone:
         for leftover in folder.parent.glob(f".{folder.name}.*.part"):
@@ -169,8 +182,7 @@ def _build_beside(folder: Path, alone: bool, corpus: Corpus, config: DataConfig,
     part = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.part"
     part.mkdir()
     try:
-        with _bars(progress) as bars:
-            _build(part, corpus, config, bars)
+        build(part)
         try:
             part.rename(folder)
         except OSError:
