@@ -1,4 +1,4 @@
-"""Text that a model wrote itself: a prepared corpus in its tokens, the same for the same question, the worst left out."""
+"""Text that a model wrote itself: a prepared corpus in its tokens, equal for equal questions, without the worst."""
 
 from __future__ import annotations
 
