@@ -49,6 +49,26 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Learning from another model beside the text (arXiv 1503.02531): the loss is
+    (1 - weight) * cross-entropy + weight * temperature^2 * KL(teacher || model), both per token."""
+
+    teacher: str
+    """A run of the same tokenizer, whose newest checkpoint is read. Whatever its capacity, it drops no token."""
+    weight: float = 0.5
+    temperature: float = 1.0
+    """Above 1 the teacher's less likely tokens count for more."""
+
+    def __post_init__(self) -> None:
+        if not self.teacher:
+            raise ValueError("teacher: the name is empty; give the log.dir of a training run")
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"weight: {self.weight} is outside [0, 1]; use {1.0 if self.weight > 1 else 0.0}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: {self.temperature} is not positive; use for example 1.0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     steps: int = 1000
     batch: int = 16
@@ -70,6 +90,15 @@ class LoopConfig:
     """Steps with a non-finite loss or gradient are skipped; after this many in a row the run stops."""
     deterministic: bool = True
     """Use deterministic kernels where torch has them."""
+    start: str | None = None
+    """A run whose weights, of its newest checkpoint, a new run begins with; its optimizer's state stays behind. Layers
+    that only attend there and are dense here begin as stubs, which change nothing until they have learned."""
+    only: Literal["all", "router", "norms", "stub"] = "all"
+    """What learns: everything, routers, norms, or the dense feed-forward networks. The rest stays bit for bit."""
+    keep_zeros: bool = False
+    """Weights of experts that are zero where the run begins stay zero: what slimming and skipped experts left."""
+    distill: DistillConfig | None = None
+    """Learn from another run as well."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "eval_batch", "nonfinite_limit"):

@@ -71,8 +71,13 @@ def _muon(model: Decoder, config: OptimizerConfig) -> torch.optim.Optimizer:
     (0.95) and scales its steps to the size of AdamW's, so that one learning rate suits both.
     """
     hidden, rest = _hidden_matrices(model)
-    muon = torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return InTurn(muon, _fused_adamw(rest, config))
+    parts: list[torch.optim.Optimizer] = []
+    if hidden:
+        decay = config.weight_decay
+        parts.append(torch.optim.Muon(hidden, lr=config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    if rest:
+        parts.append(_fused_adamw(rest, config))
+    return InTurn(*parts)
 
 
 def _apollo(model: Decoder, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -174,7 +179,7 @@ def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
     kinds: dict[Any, list[nn.Parameter]] = {}
     for p in group["params"]:
         kinds.setdefault(getattr(p, "device_mesh", None), []).append(p)
-    return [group | {"params": params} for params in kinds.values()] or [group]
+    return [group | {"params": params} for params in kinds.values()]
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
@@ -190,9 +195,10 @@ def _hidden_matrices(model: Decoder) -> tuple[list[nn.Parameter], list[nn.Parame
 
 
 def _groups(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """With weight decay and without."""
+    """With weight decay and without; where only a part of a model learns, there may be none of a kind."""
     parameters = list(parameters)
-    return [
+    groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]

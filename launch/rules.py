@@ -17,6 +17,7 @@ from .errors import Violation
 from .expert_counts import divides_all, fewest_of
 from .layout_rules import LAYOUT_RULES, multiples
 from .optimizer_config import what_is_missing
+from .recovery_rules import RECOVERY_FILE_RULES, RECOVERY_RULES
 
 CORPORA = ("shakespeare", "sotu")
 SMALLEST_BPE = 257
@@ -295,6 +296,7 @@ CROSS_RULES: tuple[Rule, ...] = (
     profile_is_within_run,
     seed_is_64_bit,
     known_vocabulary_fits,
+    *RECOVERY_RULES,
 )
 """Hold for the configuration wherever it is read."""
 
@@ -305,6 +307,7 @@ FILE_RULES: tuple[Rule, ...] = (
     resume_exists,
     trace_fits,
     optimizer_is_installed,
+    *RECOVERY_FILE_RULES,
 )
 """Hold on the machine that runs the configuration."""
 

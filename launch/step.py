@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from .data import Samples
 from .optimizer import set_learning_rate
 from .precision import computing_in
 from .schedule import learning_rate
+from .teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class StepResult:
     """Global gradient norm before clipping."""
     lr: float
     auxiliary: dict[str, float]
-    """Unweighted router losses, mean over layers and micro-batches."""
+    """Unweighted router losses, mean over layers and micro-batches; `divergence` from a teacher, mean over tokens."""
     counts: Tensor
     """`moe.ledger.count_layers` of all micro-batches, summed over ranks."""
     local_counts: Tensor
@@ -43,6 +45,17 @@ class StepResult:
     """False where loss or gradient was not finite and the step was skipped."""
     stop_requested: bool
     """Whether any rank was asked to stop."""
+
+
+class Judged(NamedTuple):
+    """The loss of one micro-batch: this rank's part of means over the whole batch."""
+
+    objective: Tensor
+    """To be minimised."""
+    nats: Tensor
+    """Next-token loss."""
+    shown: dict[str, Tensor]
+    """What else the objective is made of."""
 
 
 @dataclass
@@ -105,20 +118,27 @@ class Stepper:
             with self.gradients.reduced() if last else nullcontext():
                 with computing_in(config.train.precision, mesh.device):
                     output = self.model(tokens[:, :-1])
-                    nats = self.model.loss_sum(output.hidden_BSD, tokens[:, 1:].contiguous()) / tokens_in_batch
+                    judged = self._judge(output.hidden_BSD, tokens, tokens_in_batch)
                 auxiliary, values = auxiliary_loss(output.routings, config.router, mesh, share)
-                (nats + auxiliary / config.train.accumulate).backward()
-            loss += nats.detach().double()
+                (judged.objective + auxiliary / config.train.accumulate).backward()
+            loss += judged.nats.detach().double()
             for name, value in values.items():
                 shown[name] = shown.get(name, 0) + value / config.train.accumulate
+            for name, value in judged.shown.items():
+                shown[name] = shown.get(name, 0) + value
             # What is not finite ends in a skipped step, as without debug.
-            if config.log.debug and nats.isfinite():
+            if config.log.debug and judged.objective.isfinite():
                 for routing in output.routings:
                     check_identities(routing)
             chosen = count_layers(output.routings)
             counts = chosen if counts is None else counts + chosen
         assert counts is not None
         return {"loss": loss, "counts": counts}, shown
+
+    def _judge(self, hidden_BSD: Tensor, tokens_BS: Tensor, tokens_in_batch: int) -> Judged:
+        """What the hidden states of one micro-batch, whose windows are `tokens_BS`, are worth."""
+        nats = self.model.loss_sum(hidden_BSD, tokens_BS[:, 1:].contiguous()) / tokens_in_batch
+        return Judged(nats, nats, {})
 
     def _apply(self, norm: Tensor, counts: Tensor) -> None:
         if self.config.optimizer.clip_norm > 0:
@@ -130,6 +150,18 @@ class Stepper:
                 update_bias(router, counts[layer, : router.num_experts])
 
 
+@dataclass
+class DistillingStepper(Stepper):
+    """A `Stepper` whose model also learns from a teacher."""
+
+    teacher: Teacher
+
+    def _judge(self, hidden_BSD: Tensor, tokens_BS: Tensor, tokens_in_batch: int) -> Judged:
+        sums = self.teacher.loss_sums(self.model, hidden_BSD, tokens_BS)
+        objective, nats, divergence = (each / tokens_in_batch for each in sums)
+        return Judged(objective, nats, {"divergence": divergence})
+
+
 def make_stepper(
     config: TrainConfig,
     mesh: Mesh,
@@ -137,8 +169,11 @@ def make_stepper(
     optimizer: torch.optim.Optimizer,
     gradients: Gradients,
     samples: Samples,
+    teacher: Teacher | None = None,
 ) -> Stepper:
-    """The kind of `Stepper` that the mesh asks for; all ranks call it together."""
+    """The kind of `Stepper` that the mesh and the teacher, if any, ask for; all ranks call it together."""
+    if teacher is not None:
+        return DistillingStepper(config, mesh, model, optimizer, gradients, samples, teacher)
     if mesh.pipeline.size == 1:
         return Stepper(config, mesh, model, optimizer, gradients, samples)
     # Imported here: torch's pipelining takes a second to load.

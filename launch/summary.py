@@ -32,6 +32,10 @@ class Summary:
     steps: int
     val_loss: float
     val_bits_per_byte: float
+    start_val_loss: float | None
+    """`val_loss` before the first step, of a run that began with another's weights, ..."""
+    teacher_val_loss: float | None
+    """... and that of its teacher; None where there is none."""
     order1_bits_per_byte: float
     order3_bits_per_byte: float
     order5_bits_per_byte: float
@@ -122,6 +126,8 @@ def finish(
         steps=progress["step"],
         val_loss=evaluation.loss,
         val_bits_per_byte=evaluation.bits_per_byte,
+        start_val_loss=progress["start_val_loss"],
+        teacher_val_loss=progress["teacher_val_loss"],
         order1_bits_per_byte=ngram["1"],
         order3_bits_per_byte=ngram["3"],
         order5_bits_per_byte=ngram["5"],
@@ -177,6 +183,9 @@ def print_table(summary: Summary, folder: RunFolder, console: Console) -> None:
     facts.add_column()
     minutes, seconds = divmod(int(summary.training_seconds), 60)
     facts.add_row("trained", f"{summary.steps} steps in {minutes}:{seconds:02d} on {summary.world} ranks")
+    others = (("before the first step", summary.start_val_loss), ("of the teacher", summary.teacher_val_loss))
+    if compared := [f"{loss:.4f} {whose}" for whose, loss in others if loss is not None]:
+        facts.add_row("held-out loss", ", ".join([f"{summary.val_loss:.4f} nats per token", *compared]))
     facts.add_row("parameters", f"{summary.parameters:,}")
     facts.add_row("throughput", f"{summary.tokens_per_second:,.0f} tokens/s")
     if summary.expert_load_max_over_mean is not None and summary.dropped_ratio is not None:

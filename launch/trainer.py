@@ -31,6 +31,7 @@ from .console import RunConsole
 from .data import Samples
 from .errors import UserError, Violation, all_together
 from .evaluate import Evaluation, evaluate
+from .freeze import freeze
 from .layout_rules import world_rules
 from .metrics import MetricsWriter
 from .optimizer import make_optimizer
@@ -44,11 +45,14 @@ from .settings import as_mapping
 from .shards import TokenShards, read_meta
 from .signals import StopRequest
 from .stage_sizes import layer_sizes
+from .start import load_start
 from .step import StepResult, make_stepper
 from .straggler import straggler
 from .summary import Summary, finish
+from .teacher import Teacher, open_teacher
 from .tokenizer import load_tokenizer
 from .watchdog import Watchdog
+from .zeros import keep_zeros
 
 if TYPE_CHECKING:
     from .recompute_loop import RecomputeLoop
@@ -70,6 +74,10 @@ class Progress:
     """Steps that were skipped for a non-finite loss or gradient."""
     seconds: float = 0.0
     """Time spent training, over all sessions of this run."""
+    start_val_loss: float | None = None
+    """Held-out loss before the first step, where the run began with the weights of another."""
+    teacher_val_loss: float | None = None
+    """Held-out loss of the teacher, where there is one."""
 
 
 class Trainer:
@@ -106,10 +114,15 @@ class Trainer:
             compute_dtype=compute_dtype(config.train.precision),
             recompute=config.recompute,
         )
+        freeze(self.model, config.train.only)
+        self.teacher: Teacher | None = None
+        if config.train.distill is not None:
+            self.watchdog.at(0, "loading")
+            self.teacher = open_teacher(config, mesh, self.tokenizer, self.piece_bytes)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         gradients = Gradients(self.model, mesh, config.parallel.bucket_bytes)
         samples = Samples(self.shards, config.data.seq_len, config.train.seed)
-        self.stepper = make_stepper(config, mesh, self.model, self.optimizer, gradients, samples)
+        self.stepper = make_stepper(config, mesh, self.model, self.optimizer, gradients, samples, self.teacher)
         self.recompute: RecomputeLoop | None = None
         if config.recompute.mode == "lynx":
             # Imported here: planners take a second that others need not spend.
@@ -126,6 +139,8 @@ class Trainer:
         experts = expert_parameter_names(self.model)
         self.is_expert = lambda name: name in experts
         self._resume()
+        if config.train.keep_zeros:
+            keep_zeros(self.model, self.optimizer)
 
     def run(self) -> Summary | None:
         """Trains to the last step; None where SIGTERM ended the run early (a checkpoint is saved)."""
@@ -140,6 +155,7 @@ class Trainer:
             if metrics.note:
                 self.console.say(metrics.note)
             metrics.write(event="start", step=progress.step, world=self.mesh.world.size, piece_bytes=self.piece_bytes)
+        self._evaluate_sources(metrics)
         in_a_row = 0
         mark, mark_step = time.perf_counter(), progress.step
         self.ledger.clear()
@@ -246,6 +262,7 @@ class Trainer:
     def _resume(self) -> None:
         path = find_checkpoint(self.config, self.checkpoints)
         if path is None:
+            self._start()
             return
         self.watchdog.at(0, "loading")
         try:
@@ -268,20 +285,27 @@ class Trainer:
             self.recompute.load(meta.get("recompute"))
         self.console.say(f"resumed from {path} at step {self.progress.step}")
 
+    def _start(self) -> None:
+        """Weights of another run, where there are to be."""
+        run = self.config.train.start
+        if run is None:
+            return
+        self.watchdog.at(0, "loading")
+        path = load_start(run, self.model, self.mesh, self.tokenizer)
+        self.console.say(f"starting from the weights of {path}")
+
+    def _evaluate_sources(self, metrics: MetricsWriter | None) -> None:
+        """Before the first step: what the run starts from, and its teacher, make of the held-out text."""
+        progress = self.progress
+        if self.config.train.start is not None and progress.start_val_loss is None:
+            progress.start_val_loss = self._evaluate(metrics).loss
+        if self.teacher is not None and progress.teacher_val_loss is None:
+            teacher = self._evaluation_of(self.teacher.model)
+            progress.teacher_val_loss = teacher.loss
+            self.console.say(f"the teacher: {teacher.bits_per_byte:.4f} bits per byte on held-out text")
+
     def _evaluate(self, metrics: MetricsWriter | None) -> Evaluation:
-        config = self.config
-        self.watchdog.at(self.progress.step, "evaluating")
-        following = self.console.following("evaluate", 1) if not self.console.busy else self.console.nothing()
-        with following as line, self.ledger.paused():
-            result = evaluate(
-                self.model,
-                self.held_out,
-                self.mesh,
-                seq_len=config.data.seq_len,
-                batch=config.train.eval_batch,
-                precision=config.train.precision,
-                progress=line.portion,
-            )
+        result = self._evaluation_of(self.model)
         self.evaluated = {self.progress.step: result}
         if metrics is not None:
             metrics.write(
@@ -294,6 +318,22 @@ class Trainer:
             f"evaluated at step {self.progress.step}: {result.bits_per_byte:.4f} bits per byte on held-out text"
         )
         return result
+
+    def _evaluation_of(self, model: Decoder) -> Evaluation:
+        """What `model` makes of the held-out text; all ranks take part."""
+        config = self.config
+        self.watchdog.at(self.progress.step, "evaluating")
+        following = self.console.following("evaluate", 1) if not self.console.busy else self.console.nothing()
+        with following as line, self.ledger.paused():
+            return evaluate(
+                model,
+                self.held_out,
+                self.mesh,
+                seq_len=config.data.seq_len,
+                batch=config.train.eval_batch,
+                precision=config.train.precision,
+                progress=line.portion,
+            )
 
     def _sample(self) -> str:
         """A text from the model; all ranks take part."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 
@@ -330,3 +330,10 @@ class ModelConfig:
     def expert_counts(self) -> dict[int, int]:
         """Number of each layer that has experts, in order -> how many."""
         return {layer: self.num_experts(layer) for layer in range(self.layers) if self.is_moe(layer)}
+
+
+def dropless(model: ModelConfig, router: RouterConfig) -> tuple[ModelConfig, RouterConfig]:
+    """The same model without capacity and what goes with it: what it says of a token does not depend on its batch."""
+    if model.moe is not None:
+        model = replace(model, moe=replace(model.moe, dispatch="ragged"))
+    return model, replace(router, capacity_factor=None, rectify=RectifyConfig(), jitter=0.0, emulate=None)

@@ -212,18 +212,23 @@ class Decoder(nn.Module):
             return F.linear(hidden_BSD, self.output_weight)
         return vocabulary.scores(hidden_BSD, self.output_weight, self.mesh)
 
-    def loss_sum(self, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
-        """Sum of next-token losses in nats; targets of -100 count nothing.
-
-        On tensor ranks: targets of whole sequences give the sum over this rank's part of them.
-        """
+    def output_operands(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, D] and weight [V, D] of the output layer, in the dtype that it computes in."""
         hidden_TD, weight = hidden_BSD.flatten(0, 1), self.output_weight
         device = hidden_TD.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             hidden_TD, weight = hidden_TD.to(dtype), weight.to(dtype)
+        return hidden_TD, weight
+
+    def loss_sum(self, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+        """Sum of next-token losses in nats; targets of -100 count nothing.
+
+        On tensor ranks: targets of whole sequences give the sum over this rank's part of them.
+        """
+        hidden_TD, weight = self.output_operands(hidden_BSD)
         if self.mesh.tensor.group is not None:
-            targets_GT = targets_BS.unflatten(1, (self.mesh.tensor.size, -1)).movedim(1, 0).flatten(1)
+            targets_GT = vocabulary.spread_targets(targets_BS, self.mesh)
             return vocabulary.linear_cross_entropy(hidden_TD, weight, targets_GT, self.mesh)
         return linear_cross_entropy(hidden_TD, weight, targets_BS.reshape(-1), self.backend)
 

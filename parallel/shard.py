@@ -267,7 +267,7 @@ class ShardedGradients:
         for parameter in (*self.dense, *self.tensor, *self.experts):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.mesh.tensor.group is not None:
+        if self.mesh.tensor.group is not None and self.dense:
             # FSDP2 sums over shards and copies only, and tensor ranks saw other tokens.
             parts = list(_parts(self.dense))
             flat = torch.cat([part.flatten() for part in parts])

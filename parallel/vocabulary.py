@@ -22,7 +22,7 @@ CHUNK_BYTES = 32 * 2**20
 def look_up(tokens_BS: Tensor, weight_VD: Tensor, mesh: Mesh, stream: Stream) -> Tensor:
     """The embedding of `tokens_BS`, the same on all tensor ranks, as `stream` holds it: [B, n, D]."""
     rows_vD = local(weight_VD)
-    index_BS, is_here_BS = _own_rows(tokens_BS, part_of(weight_VD.size(0), mesh.tensor))
+    index_BS, is_here_BS = own_rows(tokens_BS, part_of(weight_VD.size(0), mesh.tensor))
     return stream.leave(F.embedding(index_BS, rows_vD).masked_fill(~is_here_BS.unsqueeze(-1), 0))
 
 
@@ -66,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # N tokens: those of all ranks in this chunk.
             hidden_ND = start_gather(hidden_TD[start : start + each], 0, axis, "loss-gather", recorder).land()
             target_N = targets_GT[:, start : start + each].reshape(-1)
-            index_N, is_here_N = _own_rows(target_N, own)
+            index_N, is_here_N = own_rows(target_N, own)
             logits_Nv = F.linear(hidden_ND, rows_vD).to(wide)
             picked_N = logits_Nv.gather(-1, index_N.unsqueeze(-1)).squeeze(-1).masked_fill_(~is_here_N, 0)
             peak_N = logits_Nv.amax(-1)
@@ -95,7 +95,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *scaled, None, None, None, None, None, None
 
 
-def _own_rows(index: Tensor, own: range) -> tuple[Tensor, Tensor]:
+def spread_targets(targets_BS: Tensor, mesh: Mesh) -> Tensor:
+    """Targets of whole sequences as the G tensor ranks hold their tokens: [G, T]."""
+    return targets_BS.unflatten(1, (mesh.tensor.size, -1)).movedim(1, 0).flatten(1)
+
+
+def own_rows(index: Tensor, own: range) -> tuple[Tensor, Tensor]:
     """Places of `index` among this rank's rows (0 where it is elsewhere), and whether it is here."""
     is_here = (index >= own.start) & (index < own.stop)
     return (index - own.start).masked_fill(~is_here, 0), is_here
