@@ -260,7 +260,8 @@ def attending(made) -> Path:
     model = {"d_model": 32, "layers": 2, "heads": 2, "moe": {"experts": 4, "d_expert": 32, "per_layer": [4, 0]}}
     train = {"steps": 4, "batch": 8, "sample_tokens": 0, "precision": "fp64"}
     path = made(model=model, train=train | {"eval_every": 0}, parallel={"expert": 1})
-    settings = yaml.safe_load(path.read_text()) | {"router": {"top_k": 2}, "schedule": {"warmup_steps": 0}}
+    router = {"top_k": 2, "balance_over": "global"}
+    settings = yaml.safe_load(path.read_text()) | {"router": router, "schedule": {"warmup_steps": 0}}
     path.write_text(yaml.safe_dump(settings))
     finish(start(path))
     return log_dir(path)
