@@ -10,6 +10,7 @@ from ...report.markup import Html, element, figure, folded, join, table
 from ...report.palette import LIGHT
 from ...report.runs import finite
 from ...report.svg import new_figure, plain_axes, to_svg
+from .figures import divergence
 from .folder import WHOLE, Compression
 from .marks import forms
 
@@ -24,13 +25,13 @@ def search_path(compression: Compression) -> Html | None:
     steps = compression.steps
     if not steps:
         return None
-    unit = UNITS.get(compression.target, compression.target or "cost")
+    unit = UNITS.get(compression.target, "cost")
     tried = sum(step.tried for step in steps)
     words = element(
         "p",
         f"From the whole model on, one more drop at a time: of the candidates at each step the one that moves the "
-        f"predictions least (KL, nats per token) for what it saves in {unit}. {count(len(steps) - 1)} drops were made "
-        f"of {count(tried)} tried.",
+        f"predictions least (KL, nats per token) for what it saves in {unit}. {count(tried)} were tried "
+        f"for {count(len(steps) - 1)} made.",
     )
     drawing = new_figure(5.0, 2.7)
     axes = drawing.subplots()
@@ -42,9 +43,10 @@ def search_path(compression: Compression) -> Html | None:
     axes.set_xlabel(unit)
     axes.set_ylabel("KL")
     axes.xaxis.set_major_formatter(lambda value, _: _cost(value))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     axes.locator_params(axis="x", nbins=5)
     caption = f"KL from the whole model against {unit}"
-    told = f"From {_cost(costs[0])} and {decimals(kls[0], 4)} to {_cost(costs[-1])} and {decimals(kls[-1], 4)}."
+    told = f"From {_cost(costs[0])} and {divergence(kls[0])} to {_cost(costs[-1])} and {divergence(kls[-1])}."
     chart = figure(
         caption,
         forms([("●", "run-0", "a plan on the way"), ("○", "ink", "the plan chosen")]),
@@ -54,7 +56,7 @@ def search_path(compression: Compression) -> Html | None:
         [
             element("code", step.hash),
             _cost(step.cost),
-            decimals(step.kl, 4),
+            divergence(step.kl),
             decimals(step.loss),
             count(step.tried),
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from ....moe.compress.criteria import ExpertCriterion, coverage, expert_scores
 from ....moe.compress.profile import Profile
@@ -71,8 +72,7 @@ def _map(profile: Profile, fate: Fate, criterion: ExpertCriterion) -> Html:
     height = min(7.0, max(1.5, 0.7 + (0.2 if len(grid) <= 24 else 0.1) * len(grid)))
     drawing = new_figure(3.9 if narrow else 10.4, height)
     axes = drawing.subplots()
-    most = 2.0
-    heat_image(drawing, axes, grid, (0, columns, len(grid), 0), most)
+    heat_image(drawing, axes, grid, (0, columns, len(grid), 0))
     rows = {number: row for row, number in enumerate(numbers)}
     if fate.experts:
         width = 1.3 if narrow else min(1.3, 0.12 * 72 * 8.6 / columns)
@@ -161,13 +161,7 @@ def _ranges(got: dict[int, list[int]]) -> Html:
         colour = LIGHT["ink"] if marker == "_" else LIGHT["run-0"]
         axes.plot(layers, values, color=colour, linestyle="none", marker=marker, markersize=5, clip_on=False)
     axes.axhline(STARVED, color=LIGHT["bad"], linewidth=0.9, linestyle=(0, (4, 3)))
-    if min(least) > 0:
-        axes.set_yscale("log")
-    else:
-        axes.set_yscale("symlog", linthresh=10)
-        axes.set_ylim(bottom=0)
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda value, _: count(value))
+    _token_axis(axes, min(least))
     every = max(1, math.ceil(len(layers) / 16))
     axes.set_xticks(layers[::every])
     axes.set_xlabel("layer")
@@ -182,3 +176,17 @@ def _ranges(got: dict[int, list[int]]) -> Html:
     )
     told = f"The fewest tokens of an expert are {count(min(least))}, the most {count(max(most))}."
     return figure(caption, legend, to_svg(drawing, "tokens", f"{caption}. {told}"))
+
+
+def _token_axis(axes: Any, least: int) -> None:
+    """A vertical axis of magnitudes, down to nothing where `least` is that."""
+    from matplotlib.ticker import LogLocator
+
+    if least:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        axes.set_yscale("symlog", linthresh=10)
+        axes.set_ylim(bottom=0)
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda value, _: count(value))

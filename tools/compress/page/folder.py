@@ -235,7 +235,8 @@ def _contenders(path: Path) -> tuple[Contender, ...]:
 def _contender(found: Mapping[str, Any]) -> Contender:
     return Contender(
         case=str(found["case"]),
-        method=str(found["method"]),
+        # The whole model has no method.
+        method=str(found["method"]) or str(found["case"]),
         bytes=_whole_number(found.get("bytes")),
         loss=finite(found.get("loss")),
         accuracy=finite(found.get("accuracy")),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...report.formats import NONE, count, decimals, percent, short, size
+from ...report.formats import count, decimals, percent, short, size
 from ...report.markup import Html, element, tile
 from .fate import in_words
+from .figures import times
 from .folder import Compression, Quality, Row
 
 
@@ -93,11 +94,10 @@ def _tiles(compression: Compression) -> list[tuple[str, str, str]]:
     tiles += [
         ("parameters", short(last.parameters), _beside(whole, "parameters", short)),
         ("bytes", size(last.bytes), _beside(whole, "bytes", size)),
-        ("quality kept", percent(found.kept(last)), f"{last.name} model"),
-        ("accuracy", percent(last.accuracy), _beside(whole, "accuracy", percent)),
+        ("quality kept", percent(found.kept(last)), f"{last.name}; accuracy {percent(last.accuracy)}"),
         ("loss", decimals(last.loss), _beside(whole, "loss", decimals)),
-        ("prefill", _times(_latest(found, "prefill")), "of the whole model"),
-        ("decode", _times(_latest(found, "decode")), "of the whole model"),
+        ("prefill", times(_latest(found, "prefill")), "of the whole model"),
+        ("decode", times(_latest(found, "decode")), "of the whole model"),
     ]
     return tiles
 
@@ -111,7 +111,3 @@ def _latest(found: Quality, name: str) -> float | None:
     """The speed `name` of the last model that has one, beside the whole one's."""
     rows = [row for row in found.rows if row is not found.whole and getattr(row, name) is not None]
     return found.ratio(rows[-1], lambda row: getattr(row, name)) if rows else None
-
-
-def _times(ratio: float | None) -> str:
-    return NONE if ratio is None else f"{ratio:.2f} ×"

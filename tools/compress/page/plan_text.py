@@ -21,7 +21,7 @@ def plan_text(compression: Compression) -> Html | None:
     rows: list[list[object]] = []
     if plan is not None:
         rows.append(["plan", element("code", plan.hash), "of all decisions: equal for equal plans"])
-        rows += [[f"criterion for {name}", how, ""] for name, how in plan.criteria.items()]
+        rows.extend([f"criterion for {name}", how, ""] for name, how in plan.criteria.items())
     base = plan.base if plan is not None else profile.base if profile is not None else ""
     rows.append(["checkpoint", element("code", base), "of the whole model that the plan is for"])
     if profile is not None:
@@ -30,7 +30,7 @@ def plan_text(compression: Compression) -> Html | None:
         rows.append(["calibration text", element("code", text["fingerprint"]), f"{text['name']}, its tokens"])
     rows.append(["wastenot", version("wastenot"), "wrote this page"])
     if compression.verify:
-        rows.append(["transformers", str(compression.verify.get("version", NONE)), "checked the exported model"])
+        rows.append(["transformers", _transformers(compression), "checked the exported model"])
     parts: list[object] = [
         _disagreement(compression),
         table(["", "hash, score or version", ""], rows, label="Names", texts=3),
@@ -64,12 +64,25 @@ def verification(compression: Compression) -> Html | None:
     words = element(
         "p",
         "The exported model was loaded by transformers, as anybody would load it, and its outputs (logits) compared "
-        "with those of the compressed model as wastenot computes it.",
+        "with what the model that it was made from computes without what was dropped.",
     )
-    known = {"passed": "", "max_difference": "", "version": ""}
-    largest = finite(found.get("max_difference"))
-    told = "" if largest is None else f": the largest difference is {largest:.2g}"
-    result = element("ul", element("li", mark, told, f", transformers {found.get('version', NONE)}"), class_="checks")
-    rest = [[name, str(value)] for name, value in found.items() if name not in known]
-    more = table(["", "found"], rest, label="Verification in detail", texts=2) if rest else ""
-    return join([words, result, folded("In detail", more) if rest else ""])
+    largest, allowed = finite(found.get("max_difference")), finite(found.get("allowed"))
+    told = [f"the largest difference is {largest:.2g}" if largest is not None else "nothing was compared"]
+    if allowed:
+        told.append(f"of the largest output at most {allowed:.2g} may differ")
+    told.append(f"transformers {_transformers(compression)}")
+    items = [element("li", mark, f": {'; '.join(told)}.")]
+    items += [element("li", str(problem)) for problem in found.get("problems") or []]
+    rest = [[name, str(value)] for name, value in found.items() if name not in _TOLD]
+    more = table(["", "found"], rest, label="Verification in detail", texts=2)
+    return join([words, element("ul", *items, class_="checks"), folded("In detail", more) if rest else ""])
+
+
+_TOLD = ("passed", "max_difference", "difference", "allowed", "problems", "version", "transformers")
+"""What a sentence tells of a verification; the rest is a table."""
+
+
+def _transformers(compression: Compression) -> str:
+    """Version of the transformers that checked the export."""
+    found = compression.verify
+    return str(found.get("transformers") or found.get("version") or NONE)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ...report.formats import NONE, count, decimals, percent, short, size
+from ...report.formats import count, decimals, percent, short, size
 from ...report.markup import Html, element, figure, folded, join, table
 from ...report.palette import LIGHT
 from ...report.svg import FONT_POINTS, new_figure, plain_axes, to_svg
+from .figures import divergence, times
 from .folder import WHOLE, Compression, Contender, Quality, Row
 from .marks import FORMS, forms
 
 MEBI = 2**20
 MANY_ROWS = 16
 """A longer table is folded."""
+
+RANDOM = "random"
+
+LONG_NAME = 16
+"""Letters of a point's name in a chart; a longer one ends before."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,12 @@ class Point:
     method: str
     x: float
     kept: float
+
+
+Charts = Mapping[str, Sequence[Point]]
+"""Points by the names of AXES."""
+Looks = Mapping[str, tuple[str, str]]
+"""Marker and name of the colour of each method."""
 
 
 def quality(compression: Compression) -> Html | None:
@@ -43,15 +56,16 @@ def quality(compression: Compression) -> Html | None:
     parts: list[object] = [words]
     if found.rows:
         parts.append(_rows(found))
-    parts.append(_charts("quality", _of_rows(found), label_points=True))
+    of_rows = _of_rows(found)
+    parts.append(_charts("quality", of_rows, _looks(of_rows), label_points=True))
     if bench:
         parts += [element("h3", "Beside other compressions"), _bench(bench)]
     return join(parts)
 
 
 def is_random(method: str) -> bool:
-    """Whether `method` chose by chance."""
-    return method.lower().startswith("random")
+    """Whether `method` chose by chance: there may be many, numbered."""
+    return method.lower().startswith(RANDOM)
 
 
 def front(points: Sequence[Point], rising: bool) -> list[Point]:
@@ -74,7 +88,7 @@ def _rows(found: Quality) -> Html:
             decimals(row.loss),
             percent(row.accuracy),
             percent(found.kept(row)),
-            decimals(row.kl, 4),
+            divergence(row.kl),
             count(row.prefill),
             count(row.decode),
         ]
@@ -90,7 +104,7 @@ def _rows(found: Quality) -> Html:
     return join([facts, table(headings, rows, label="Quality, size and speed")])
 
 
-def _of_rows(found: Quality) -> dict[str, list[Point]]:
+def _of_rows(found: Quality) -> Charts:
     """Points of the three charts."""
 
     def points(what: Callable[[Row], float | None]) -> list[Point]:
@@ -104,9 +118,9 @@ def _of_rows(found: Quality) -> dict[str, list[Point]]:
     }
 
 
-def _of_bench(bench: Sequence[Contender]) -> dict[str, list[Point]]:
+def _of_bench(bench: Sequence[Contender]) -> Charts:
     def points(what: Callable[[Contender], float | None]) -> list[Point]:
-        rows = [(row.method, what(row), row.kept) for row in bench]
+        rows = [(RANDOM if is_random(row.method) else row.method, what(row), row.kept) for row in bench]
         return [Point(name, x, kept) for name, x, kept in rows if x is not None and kept is not None]
 
     return {
@@ -124,19 +138,18 @@ AXES = {
 """Captions and axes of the three charts."""
 
 
-def _charts(name: str, of_chart: dict[str, list[Point]], *, label_points: bool) -> Html:
+def _charts(name: str, of_chart: Charts, looks: Looks, *, label_points: bool) -> Html:
     """Those charts of the three that have a model beside the whole one."""
     drawn = [
-        _chart(name, what, points, label_points)
+        _chart(name, what, points, looks, label_points)
         for what, points in of_chart.items()
         if any(point.method != WHOLE for point in points)
     ]
     return element("div", *drawn, class_="three charts") if drawn else Html("")
 
 
-def _chart(name: str, what: str, points: Sequence[Point], label_points: bool) -> Html:
+def _chart(name: str, what: str, points: Sequence[Point], looks: Looks, label_points: bool) -> Html:
     caption, axis = AXES[what]
-    looks = _looks([point.method for point in points])
     drawing = new_figure(3.9, 2.7)
     axes = drawing.subplots()
     plain_axes(axes)
@@ -151,6 +164,7 @@ def _chart(name: str, what: str, points: Sequence[Point], label_points: bool) ->
             linestyle="none",
             marker=marker,
             markersize=4 if is_random(method) else 9 if marker == "*" else 6,
+            zorder=2 if is_random(method) else 3,
         )
     # Room for names right of their points.
     axes.margins(x=0.25 if label_points else 0.08, y=0.12)
@@ -158,7 +172,9 @@ def _chart(name: str, what: str, points: Sequence[Point], label_points: bool) ->
         _name_points(axes, points)
     if what != "bytes":
         axes.axvline(1.0, color=LIGHT["faint"], linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.yaxis.set_major_formatter(lambda value, _: percent(value, 0))
+    low, high = axes.get_ylim()
+    places = 0 if high - low > 0.08 else 1 if high - low > 0.008 else 2
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.{places}f} %")
     axes.set_xlabel(axis)
     unit = " MiB" if what == "bytes" else " times"
     shown = [point for point in points if not is_random(point.method)]
@@ -166,14 +182,14 @@ def _chart(name: str, what: str, points: Sequence[Point], label_points: bool) ->
     return figure(caption, to_svg(drawing, f"{name}-{what}", f"{caption}. {told}."))
 
 
-def _name_points(axes: object, points: Sequence[Point]) -> None:
+def _name_points(axes: Any, points: Sequence[Point]) -> None:
     """Writes names beside points, each a line's distance from the next where points lie close."""
-    low, high = axes.get_ylim()  # pyright: ignore[reportAttributeAccessIssue]
+    low, high = axes.get_ylim()
     distance, place = 0.085 * (high - low), -math.inf
     for point in sorted(points, key=lambda each: each.kept):
         place = max(point.kept, place + distance)
-        axes.annotate(  # pyright: ignore[reportAttributeAccessIssue]
-            point.method,
+        axes.annotate(
+            point.method if len(point.method) <= LONG_NAME else f"{point.method[: LONG_NAME - 1]}…",
             (point.x, place),
             xytext=(7, 0),
             textcoords="offset points",
@@ -184,12 +200,14 @@ def _name_points(axes: object, points: Sequence[Point]) -> None:
         )
 
 
-def _looks(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Marker and colour of each method, in the order of their first appearance; chance is grey dots."""
-    names = [name for name in dict.fromkeys(methods) if not is_random(name) and name != WHOLE]
+def _looks(of_chart: Charts) -> Looks:
+    """The same look for a method in all charts; chance is grey dots."""
+    methods = dict.fromkeys(point.method for points in of_chart.values() for point in points)
+    names = [name for name in methods if not is_random(name) and name != WHOLE]
     markers = [marker for marker in FORMS if marker != "*"]
-    looks = {name: (markers[i % len(markers)], f"run-{i % 7}") for i, name in enumerate(names)}
-    for name in dict.fromkeys(methods):
+    # Neither alone tells more than seven apart; the two together do.
+    looks = {name: (markers[i % 7], f"run-{(i + i // 7) % 7}") for i, name in enumerate(names)}
+    for name in methods:
         if is_random(name):
             looks[name] = ("o", "faint")
         elif name == WHOLE:
@@ -199,8 +217,9 @@ def _looks(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def _bench(bench: Sequence[Contender]) -> Html:
     of_chart = _of_bench(bench)
-    looks = _looks([row.method for row in bench])
+    looks = _looks(of_chart)
     legend = forms((FORMS[marker], colour, method) for method, (marker, colour) in looks.items())
+    told = [row for row in bench if not is_random(row.method)]
     words = element(
         "p",
         "Grey dots chose at random: a method that lies among them chose nothing worth choosing. The line joins those "
@@ -214,16 +233,13 @@ def _bench(bench: Sequence[Contender]) -> Html:
             decimals(row.loss),
             percent(row.accuracy),
             percent(row.kept),
-            _times(row.prefill_ratio),
-            _times(row.decode_ratio),
+            times(row.prefill_ratio),
+            times(row.decode_ratio),
         ]
-        for row in bench
+        for row in told
     ]
     headings = ["case", "method", "bytes", "loss", "accuracy", "quality kept", "prefill", "decode"]
     listed = table(headings, rows, label="Benchmark of compressions", texts=2)
-    folding = folded(f"All {count(len(rows))} compressions", listed, unfolded=len(rows) <= MANY_ROWS)
-    return join([words, legend, _charts("bench", of_chart, label_points=False), folding])
-
-
-def _times(ratio: float | None) -> str:
-    return NONE if ratio is None else f"{ratio:.2f} ×"
+    summary = f"{count(len(told))} compressions" + (", random ones left out" if len(told) < len(bench) else "")
+    folding = folded(summary, listed, unfolded=len(rows) <= MANY_ROWS)
+    return join([words, legend, _charts("bench", of_chart, looks, label_points=False), folding])

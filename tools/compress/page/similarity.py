@@ -68,7 +68,7 @@ def _curves(profile: Profile, fate: Fate) -> Html:
             color=LIGHT["ink"],
             linestyle="none",
             marker="x" if marker == "o" else "s",
-            markersize=8,
+            markersize=8 if profile.shape.layers <= 24 else 5.5,
             markerfacecolor="none",
             markeredgewidth=1.5,
         )

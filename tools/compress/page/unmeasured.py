@@ -27,12 +27,13 @@ def _missing_parts(compression: Compression) -> Iterator[str]:
     profile, found = compression.profile, compression.quality
     if profile is None:
         yield "Similarity of layers and worth of experts: there is no profile."
-    elif not coverage(profile):
-        yield "Worth of experts: the model has none."
-    elif profile.config.window == 1:
-        yield "Runs of several blocks: the profile compares single blocks; profile with a longer --window."
-    if profile is not None and not compression.costs:
-        yield "What the profile cost: costs.json is missing."
+    else:
+        if not coverage(profile):
+            yield "Worth of experts: the model has none."
+        if profile.config.window == 1:
+            yield "Runs of several blocks: the profile compares single blocks; profile with a longer --window."
+        if not compression.costs:
+            yield "What the profile cost: costs.json is missing."
     if compression.plan is None:
         yield "What goes: there is no plan."
     if not compression.steps:
