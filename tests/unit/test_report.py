@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from page_reader import BROWSER, Page, pixels_of, references_hold, stands_alone
 
 from wastenot.launch.config import DataConfig
 from wastenot.launch.corpus import prepare_files
@@ -89,51 +89,6 @@ def run(home: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(home / "rectified", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
 
 
-class Page(HTMLParser):
-    """What is in a page: tags with attributes, tables, and the text that a reader sees."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.source = path.read_text(encoding="utf-8")
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.tables: dict[str, list[list[str]]] = {}
-        self.text = ""
-        self._open: list[str] = []
-        self._rows: list[list[str]] = []
-        self.feed(self.source)
-        self.close()
-        assert not self._open, f"never closed: {self._open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        attributes = {key: value or "" for key, value in attrs}
-        assert len(attributes) == len(attrs), f"an attribute of {tag} twice"
-        self.tags.append((tag, attributes))
-        if tag == "div" and "aria-label" in attributes:
-            self._rows = self.tables[attributes["aria-label"]] = []
-        if tag == "tr":
-            self._rows.append([])
-        if tag in ("td", "th"):
-            self._rows[-1].append("")
-        if tag != "meta":
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] != "style":
-            self.text += data
-        if self._open and {"td", "th"} & set(self._open):
-            self._rows[-1][-1] += data
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
 def page_of(*runs: Path, output: Path) -> Page:
     return Page(write_report(runs, output))
 
@@ -164,34 +119,12 @@ def number(text: str) -> int:
 
 def test_page_asks_for_nothing_beside_itself(home: Path, tmp_path: Path) -> None:
     page = page_of(home / "rectified", home / "dense", output=tmp_path / "both.html")
-    assert not {"script", "link", "iframe", "img", "object", "base"} & {tag for tag, _ in page.tags}
-    images = 0
-    for tag, attributes in page.tags:
-        for key, value in attributes.items():
-            assert not key.startswith("on"), f"{tag} has a handler"
-            if key in ("href", "src", "xlink:href"):
-                assert value.startswith(("#", "data:image/png;base64,")), f"{tag} {key}={value[:60]}"
-                images += value.startswith("data:")
-            for target in re.findall(r"url\(([^)]*)\)", value):
-                assert target.startswith("#"), f"{tag} {key}={value[:60]}"
-    assert images >= 2, "heat-maps"
-    assert "://" not in page.source
-    assert "@import" not in page.source
-    assert "url(" not in page.source[: page.source.index("</style>")]
-    [policy] = [meta["content"] for meta in page.all("meta") if "http-equiv" in meta]
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert stands_alone(page) >= 2, "heat-maps"
 
 
 def test_ids_are_unique_and_every_reference_has_its_target(home: Path, tmp_path: Path) -> None:
     page = page_of(home / "rectified", home / "dense", output=tmp_path / "both.html")
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    assert set(SECTIONS) <= set(ids)
-    for _, attributes in page.tags:
-        targets = [attributes.get("href", "").removeprefix("#")] if attributes.get("href", "").startswith("#") else []
-        targets += re.findall(r"url\(#([^)]*)\)", " ".join(attributes.values()))
-        targets += [attributes["aria-labelledby"]] if "aria-labelledby" in attributes else []
-        assert set(targets) <= set(ids)
+    assert set(SECTIONS) <= references_hold(page)
 
 
 def test_every_chart_says_what_it_shows(home: Path, tmp_path: Path) -> None:
@@ -626,23 +559,12 @@ def test_colours_can_be_told_apart_without_hue(tone: int) -> None:
 
 # The page in a browser.
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH")
 @pytest.mark.parametrize(("dark", "width"), [(False, 1280), (True, 500)], ids=["light, wide", "dark, narrow"])
 def test_a_browser_shows_the_charts(dark: bool, width: int, home: Path, tmp_path: Path) -> None:
-    from matplotlib.image import imread
-
-    assert BROWSER is not None
     page = write_report([home / "rectified"], tmp_path / "page.html")
-    picture = tmp_path / "page.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},4000"]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}"]
-    options += ["--blink-settings=preferredColorScheme=0"] if dark else []
-    done = subprocess.run([BROWSER, *options, page.as_uri()], capture_output=True, text=True, timeout=120)
-    assert picture.exists(), done.stderr
-    pixels = (imread(picture)[..., :3] * 255).round().astype(int).reshape(-1, 3)
+    pixels = pixels_of(page, tmp_path, width=width, dark=dark)
 
     def seen(name: str) -> int:
         colour = LIGHT_AND_DARK[name][dark]
