@@ -29,7 +29,7 @@ def answered(order: dict[str, Any]) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             order["folder"],
             dtype=torch.float32,
             trust_remote_code=False,
@@ -39,6 +39,7 @@ def answered(order: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         # Whatever it is, it is what a user of the folder would meet.
         return {"error": " ".join(f"{type(error).__name__}: {error}".split())}
+    model, loading = loaded
     answer: dict[str, Any] = {
         "transformers": transformers.__version__,
         "missing": _names(loading["missing_keys"]),

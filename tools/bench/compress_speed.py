@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from ...launch.saved_run import open_run
-from ...moe.compress.export import export
-from ..compress.export import source_of
+from ..compress.export import exported
 from ..compress.speed import Contender, Speed, compare, of_decoder
 from .compress_models import FOLDER
 
@@ -37,7 +36,7 @@ def of_transformers(run: Path) -> Contender:
     logging.disable_progress_bar()
     folder = FOLDER / f"{run.name}-stock"
     if not folder.is_dir():
-        export(source_of(run), folder)
+        exported(run, folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.set_experts_implementation("eager")
     tokens_1S = torch.arange(PROMPT).remainder(model.config.vocab_size).unsqueeze(0)

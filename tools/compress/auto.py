@@ -21,12 +21,11 @@ from ...launch.run_folder import RunFolder, write_atomically
 from ...launch.streamed import open_streamed
 from ...moe.compress.change import weight_change
 from ...moe.compress.evaluate import Evaluator
-from ...moe.compress.export import export
 from ...moe.compress.fingerprint import checkpoint_fingerprint
 from ...moe.compress.plan import DropPlan, read_plan, write_plan
 from ...moe.compress.profile import Profile, ProfileConfig, measure, profile
 from . import recover
-from .export import source_of
+from .export import exported
 from .page.folder import read_compression
 from .page.page import FILE_NAME, write_page
 from .plan import add_choice_arguments, choose
@@ -199,8 +198,8 @@ class _Work:
         target = self.out / "exported"
         try:
             if not target.exists():
-                export(source_of(source), target, allow_zeroed=self.args.allow_zeroed)
-            found = asdict(verified(target, self.args.checkpoint if not is_run(source) else source))
+                exported(source, target, allow_zeroed=self.args.allow_zeroed)
+            found = verified(target, source)
         except ValueError as error:
             self.notes.append(f"Export: {error}")
             self.console.say(f"export: {error}")
