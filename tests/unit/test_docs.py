@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from wastenot.tools.cli import COMMANDS
+from wastenot.tools.compress.command import STAGES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,10 +45,16 @@ def test_commands_and_their_options_exist(page):
     ):
         assert command in COMMANDS, command
         parser = argparse.ArgumentParser()
-        importlib.import_module(COMMANDS[command]).add_arguments(parser)
+        importlib.import_module(_module_of(command, rest)).add_arguments(parser)
         known = _options(parser)
         for option in re.findall(r"(?<!\S)(--[a-z-]+)", rest.split("wastenot")[0]):
             assert option in known, f"{command} {option}"
+
+
+def _module_of(command: str, rest: str) -> str:
+    """Of a command, or of the stage of `compress` that follows it."""
+    stage = rest.split()[0] if rest.split() else ""
+    return f"wastenot.tools.compress.{stage}" if command == "compress" and stage in STAGES else COMMANDS[command]
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:
