@@ -119,7 +119,7 @@ def test_every_layout_decides_alike(layout, by_layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
-def test_sums_are_those_of_one_process(layout, by_layout):
+def test_d5_sums_are_those_of_one_process(layout, by_layout):
     """Defect D5: roots, means and per-rank Hessians do not add up over ranks."""
     one, other = (read_profile(by_layout[each][1]) for each in ((1, 1), layout))
     for mine, theirs in zip(one.layers, other.layers, strict=True):

@@ -71,7 +71,7 @@ def test_dense_layers_are_no_candidates_of_layer_drop():
         drop_layers(empty_plan(profile), profile, 3)
 
 
-def test_a_second_layer_drop_looks_at_those_that_are_left():
+def test_d10_a_second_layer_drop_looks_at_those_that_are_left():
     """Defect D10: the public code hooks modules that the first drop removed."""
     profile = profile_of([0.9, 0.95, 0.99], [[0.5]] * 3, [EVEN] * 3)
     once = drop_layers(empty_plan(profile), profile, 1)
@@ -83,7 +83,7 @@ def test_discrete_blocks_are_the_most_alike_each_for_itself():
     assert drop_blocks(empty_plan(profile), profile, 2).blocks == (1, 3)
 
 
-def test_the_window_of_consecutive_blocks_that_goes_is_the_one_that_was_scored():
+def test_d4_the_window_of_consecutive_blocks_that_goes_is_the_one_that_was_scored():
     """Defect D4: the public code reads the scores of windows one block longer."""
     # Two blocks from 1 on change least; of three those from 0 on.
     gaps = [[0.9, 0.70, 0.99], [0.9, 0.85, 0.10], [0.9, 0.80], [0.9]]
@@ -124,7 +124,7 @@ def test_experts_go_by_mass_over_all_layers():
     assert plan.result.experts == (4, 4, 1)
 
 
-def test_global_expert_drop_after_layer_drop_cuts_the_experts_it_scored():
+def test_d7_global_expert_drop_after_layer_drop_cuts_the_experts_it_scored():
     """Defect D7: the public code's marker of a dropped layer shifts the experts of all later ones."""
     profile = profile_of([0.99, 0.5, 0.5], [[0.5]] * 3, MASS, top_k=1)
     plan = drop_layers(empty_plan(profile), profile, 1)
@@ -133,7 +133,7 @@ def test_global_expert_drop_after_layer_drop_cuts_the_experts_it_scored():
     assert plan.experts == {2: (0, 3)}
 
 
-def test_a_router_keeps_as_many_experts_as_it_chooses():
+def test_d9_d12_a_router_keeps_as_many_experts_as_it_chooses():
     """Defects D9 and D12: no experts left, and fewer than top-k."""
     profile = profile_of([0.5] * 3, [[0.5]] * 3, MASS)
     with pytest.raises(ValueError, match=r"the router chooses 2 .*; use 2"):

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,17 @@ from stock_models import CONFIGS
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM
 
+from wastenot.launch.config import DataConfig, LogConfig, TrainConfig
+from wastenot.launch.saved_run import write_run
+from wastenot.launch.tokenizer import byte_tokenizer
 from wastenot.moe.compress.calibration import Calibration, packed, padded
 from wastenot.moe.compress.criteria import block_scores, coverage, expert_scores, layer_scores
+from wastenot.moe.compress.plan import DropPlan
 from wastenot.moe.compress.profile import ProfileConfig, measure, profile, read_profile
 from wastenot.moe.compress.stock import StockModel
+from wastenot.moe.config import ModelConfig, MoEConfig, RouterConfig
+from wastenot.moe.decoder import build_decoder
+from wastenot.parallel.mesh import single
 
 LAYERS = 6
 
@@ -111,7 +119,7 @@ def test_padding_counts_in_no_statistic(mixtral, text):
     assert coverage(found) == coverage(whole)
 
 
-def test_an_expert_without_tokens_has_scores_and_ends_nothing(mixtral, text):
+def test_d6_an_expert_without_tokens_has_scores_and_ends_nothing(mixtral, text):
     """Defect D6 of the public code: its statistic stays None there."""
     one = Calibration(text.tokens_NS[:1, :1], text.mask_NS[:1, :1], "one token")
     found = measure(StockModel(mixtral[1]), one, ProfileConfig())
@@ -121,7 +129,7 @@ def test_an_expert_without_tokens_has_scores_and_ends_nothing(mixtral, text):
         assert expert_scores(found, criterion)[0][starved] == 0
 
 
-def test_similarities_are_fp32_for_any_number_of_windows(mixtral):
+def test_d3_similarities_are_fp32_for_any_number_of_windows(mixtral):
     """Defect D3: above 64 samples the public code takes cosines in bf16, and near ones become the same."""
     tokens = torch.randint(0, 64, (80 * 4,), generator=torch.Generator().manual_seed(1))
     found = measure(StockModel(mixtral[1]), packed(tokens, 4, 80, "many"), ProfileConfig(batch=8))
@@ -131,9 +139,16 @@ def test_similarities_are_fp32_for_any_number_of_windows(mixtral):
 
 _CHILD = """
 import sys, torch
+from wastenot.launch.config import DataConfig, LogConfig, TrainConfig
+from wastenot.launch.saved_run import write_run
+from wastenot.launch.tokenizer import byte_tokenizer
 from wastenot.moe.compress.calibration import packed
+from wastenot.moe.compress.plan import DropPlan
 from wastenot.moe.compress.profile import ProfileConfig, profile
 from wastenot.moe.compress.stock import StockModel
+from wastenot.moe.config import ModelConfig, MoEConfig, RouterConfig
+from wastenot.moe.decoder import build_decoder
+from wastenot.parallel.mesh import single
 torch.set_num_threads(1)
 text = packed(torch.randint(0, 64, (1000,), generator=torch.Generator().manual_seed(0)), 20, 12, "random")
 config = ProfileConfig(window=3, hessians=True, batch=3)
@@ -202,3 +217,64 @@ def test_hessians_are_the_sums_of_squares_on_their_diagonals(mixtral, text, tmp_
         torch.testing.assert_close(hessian.diagonal().double(), found.layers[2][squares][1], rtol=1e-4, atol=1e-9)
     with pytest.raises(ValueError, match="--hessians"):
         profile(StockModel(mixtral[1]), text, tmp_path / "q", ProfileConfig()).hessian(0, 0, "hessian_in_DD")
+
+
+def test_d8_a_layer_that_loses_all_or_none_is_computed_before_the_next(mixtral, text):
+    """Defect D8: the public code skips the forward there, and the next layer sees stale inputs."""
+    model = StockModel(mixtral[1])
+    start = DropPlan(base=model.fingerprint, shape=model.shape)
+    whole = layer_scores(measure(model, text, ProfileConfig()))
+    # Nothing to drop: a plan that only orders the experts of layer 1 anew.
+    ordered = layer_scores(measure(model, text, ProfileConfig(), plan=replace(start, order={1: (5, 3, 1, 0, 2, 4)})))
+    assert ordered == pytest.approx(whole, rel=6e-6)
+    under = layer_scores(measure(model, text, ProfileConfig(), plan=replace(start, layers=(1,))))
+    stock = AutoModelForCausalLM.from_pretrained(mixtral[1])
+    stock.model.layers[1].mlp.register_forward_hook(lambda _, given, made: torch.zeros_like(made))
+    seen, _ = by_hand(stock, text)
+    expected = {n: cosine_similarity(each["a"], each["b"], dim=-1).mean().item() for n, each in enumerate(seen)}
+    del expected[1]
+    assert under == pytest.approx(expected, rel=6e-6)
+
+
+_MEMORY = """
+import json, sys, torch
+from pathlib import Path
+from wastenot.launch.streamed import open_streamed
+from wastenot.launch.config import DataConfig, LogConfig, TrainConfig
+from wastenot.launch.saved_run import write_run
+from wastenot.launch.tokenizer import byte_tokenizer
+from wastenot.moe.compress.calibration import packed
+from wastenot.moe.compress.plan import DropPlan
+from wastenot.moe.compress.profile import ProfileConfig, measure, profile
+torch.set_num_threads(1)
+windows, seq_len, window, batch, hessians = json.loads(sys.argv[3])
+model = open_streamed(sys.argv[1])
+# What libraries take when they are first used is no part of it.
+measure(model, packed(torch.arange(64), 16, 4, "little"), ProfileConfig())
+text = packed(torch.arange(windows * seq_len) % 257, seq_len, windows, "much")
+profile(model, text, sys.argv[2], ProfileConfig(window=window, batch=batch, hessians=hessians))
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "how"),
+    [
+        ((256, 8, 512), (64, 512, 4, 4, False)),
+        ((512, 16, 256), (64, 512, 1, 4, False)),
+        ((512, 16, 256), (32, 256, 1, 4, True)),
+    ],
+)
+def test_memory_is_as_predicted_within_15_percent(size, how, tmp_path):
+    d_model, experts, d_expert = size
+    moe = MoEConfig(experts=experts, d_expert=d_expert)
+    config = TrainConfig(
+        model=ModelConfig(vocab_size=257, d_model=d_model, layers=3, heads=4, moe=moe),
+        router=RouterConfig(top_k=2),
+        data=DataConfig(tokenizer="bytes", seq_len=16),
+        log=LogConfig(dir=str(tmp_path / "run")),
+    )
+    write_run(config, build_decoder(config.model, config.router, single()), byte_tokenizer(), "a test")
+    words = [str(tmp_path / "run"), str(tmp_path / "profile"), json.dumps(how)]
+    subprocess.run([sys.executable, "-c", _MEMORY, *words], check=True, timeout=300)
+    costs = json.loads((tmp_path / "profile" / "costs.json").read_text())
+    assert costs["predicted_bytes"] == pytest.approx(costs["peak_bytes"], rel=0.15)

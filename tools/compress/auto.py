@@ -216,15 +216,18 @@ def _claim(out: Path, args: argparse.Namespace) -> None:
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         if differs := [name for name in asked if found.get(name) != asked[name]]:
-            raise UserError(
-                f"{out}: holds a compression with --{differs[0].replace('_', '-')} {found.get(differs[0])}, not "
-                f"{asked[differs[0]]}; name another folder with -o"
-            )
+            was, now = (_option(differs[0], each.get(differs[0])) for each in (found, asked))
+            raise UserError(f"{out}: holds a compression {was}, and this is one {now}; name another folder with -o")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is no compression; name another folder with -o")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(asked, indent=2) + "\n")
+
+
+def _option(name: str, value: str | None) -> str:
+    option = f"--{name.replace('_', '-')}"
+    return f"without {option}" if value in (None, "None", "False") else f"with {option} {value}"
 
 
 def _told(summary: dict[str, Any]) -> str:
