@@ -133,6 +133,13 @@ PROBES = (
         code="import torchao\nfrom torchao.optim import AdamW8bit\nversion = torchao.__version__",
     ),
     Probe(
+        name="compressed-tensors",
+        extra="quant",
+        purpose="verifying exports in few bits",
+        module="compressed_tensors",
+        code="import compressed_tensors\nversion = compressed_tensors.__version__",
+    ),
+    Probe(
         name="apollo-torch",
         extra="apollo",
         purpose="optimizer.name: apollo",
