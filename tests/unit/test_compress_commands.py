@@ -79,7 +79,8 @@ def test_auto_makes_a_smaller_run_that_stock_transformers_loads(home, capsys):
     assert applied["bytes"] > 1.5 * quantized["bytes"]
     assert abs(quantized["loss"] - recovered["loss"]) < 0.05
     assert all(stage["decode_tokens_per_second"] > 0 for stage in told["stages"])
-    assert "Export: " in "".join(told["notes"])  # of runs in few bits there is none
+    assert "Export: what is in exported/ has all its bits" in "".join(told["notes"])
+    assert json.loads((out / "verify.json").read_text())["passed"]
     plan = read_plan(out / "plan.yaml")
     assert len(plan.layers) == 2 and plan.base == read_profile(home / "seen").base
     model = open_run(out / "recovered").model

@@ -111,20 +111,20 @@ class _Work:
     def make(self) -> dict[str, Path]:
         """Applies, recovers, quantizes, exports and verifies; the checkpoints made, by name."""
         stages = {"whole": self.args.checkpoint}
-        # Few bits come last: a model learns in many.
-        last = self.plan.quantize if self.args.recover else None
+        # Few bits come last: a model learns in many, and a run is exported in many.
+        last = self.plan.quantize if is_run(self.args.checkpoint) else None
         structure = replace(self.plan, quantize=None) if last else self.plan
         if last is None or structure.blocks or structure.layers or structure.experts or structure.slim:
             stages["applied"] = self._applied("applied", self.args.checkpoint, structure)
-        newest = list(stages.values())[-1]
         if self.args.recover:
-            stages["recovered"] = self._recovered(newest)
-            newest = stages["recovered"]
+            stages["recovered"] = self._recovered(list(stages.values())[-1])
+        if len(stages) > 1:
+            self._exported(list(stages.values())[-1])
         if last:
-            shape = open_streamed(newest).shape
-            few = DropPlan(base=checkpoint_fingerprint(newest), shape=shape, quantize=last)
+            newest = list(stages.values())[-1]
+            few = DropPlan(base=checkpoint_fingerprint(newest), shape=open_streamed(newest).shape, quantize=last)
             stages["quantized"] = self._applied("quantized", newest, few)
-        self._exported(list(stages.values())[-1])
+            self.notes.append("Export: what is in exported/ has all its bits; runs in few bits are not exported.")
         return stages
 
     def judge(self, stages: dict[str, Path]) -> None:
