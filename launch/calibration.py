@@ -17,7 +17,7 @@ from .run_folder import RunFolder
 from .shards import Split, TokenShards
 from .tokenizer import FILE_NAME, load_tokenizer
 
-__all__ = ["calibration", "is_run"]
+__all__ = ["calibration", "documents", "is_run"]
 
 
 def is_run(checkpoint: Path) -> bool:

@@ -105,7 +105,7 @@ def drop_experts(
     there = [layer for layer in scores if _is_there(plan, layer) and protect.allows(layer, shape.layers)]
     step = multiple_of if shape.groups == 1 else math.lcm(multiple_of, shape.groups)
     least = -(-max(shape.top_k, _reachable(plan)) // step) * step
-    fullest = min((shape.experts[layer] for layer in there), default=0)
+    fullest = max((shape.experts[layer] for layer in there), default=0)
     if not there:
         raise ValueError("experts: no layer is left that has any")
     if not least <= keep <= fullest or (scope == "layer" and keep % step):
@@ -151,9 +151,11 @@ def iterate(
     rescore: Callable[[DropPlan], Profile],
 ) -> DropPlan:
     """`count` drops one at a time, each by scores of what the drops before it left: one-shot scores do not add up."""
+    before = dict(plan.criteria)
     for _ in range(count):
         plan = drop_one(plan, rescore(plan))
-    return replace(plan, criteria={name: f"{how}, iterative" for name, how in plan.criteria.items()})
+    told = {name: how if before.get(name) == how else f"{how}, iterative" for name, how in plan.criteria.items()}
+    return replace(plan, criteria=told)
 
 
 def _is_there(plan: DropPlan, layer: int) -> bool:
@@ -212,7 +214,8 @@ def _counts(
 ) -> dict[int, int]:
     """Experts left in each layer."""
     if scope == "layer":
-        return dict.fromkeys(there, keep)
+        # Layers that have fewer already keep them all.
+        return {layer: min(keep, len(scores[layer])) for layer in there}
     # From the least worthy of all layers on, `step` at a time from one layer, down to what each must keep.
     left = {layer: len(scores[layer]) for layer in there}
     queues = {layer: sorted(scores[layer]) for layer in there}
@@ -229,6 +232,7 @@ def _counts(
 
 def _least_worthy(scores: list[float], count: int, groups: int) -> tuple[int, ...]:
     """The `count` lowest, as many from each of `groups`; ascending."""
+    assert 0 <= count < len(scores), (count, len(scores))
     width = len(scores) // groups
     gone: list[int] = []
     for group in range(groups):

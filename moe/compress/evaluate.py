@@ -75,8 +75,17 @@ class Evaluator:
 
     @torch.no_grad()
     def stand_at(self, plan: DropPlan) -> None:
-        """Makes `plan` the one from which others are told apart: plans that are near it are judged faster."""
+        """Makes `plan` the one from which others are told apart: plans that are near it are judged faster.
+
+        Of the layers read so far those of this plan stay in memory, and the whole ones.
+        """
         first = self._first_difference(plan)
+        whole = DropPlan(base=plan.base, shape=plan.shape)
+        self._layers = {
+            (number, fate): layer
+            for (number, fate), layer in self._layers.items()
+            if fate in (_of(plan, number), _of(whole, number))
+        }
         self._before[first:] = self._run(plan, first, self._before[first])
         self._plan = plan
 

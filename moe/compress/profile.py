@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def profile(
             progress(layer + 1, model.shape.layers)
 
         done = _done_layers(folder, model.shape.layers, mesh)
-        states.forget_partial()
+        states.forget_others(done)
         first, stream = states.newest(done)
         progress(first, model.shape.layers)
         peak = peak_of(lambda: _pass(model, text, config, mesh, None, finished, first, stream))
@@ -144,6 +144,7 @@ def measure(
     def finished(layer: int, sums: Mapping[str, Tensor], stream: list[Tensor]) -> None:
         layers[layer] = sums
 
+    config = replace(config, hessians=False)
     _pass(model, text, config, mesh or single(), plan, finished)
     return Profile(model.fingerprint, model.shape, _described(text), config, tuple(layers))
 
@@ -187,10 +188,10 @@ def predicted_bytes(model: StreamedModel, text: Calibration, config: ProfileConf
         held = 4 * (size.attention + size.feed + own * size.expert)
         rows = step_tokens * (shape.top_k if size.num_experts else 1)
         step = 4 * rows * (_ROWS_D * D + _ROWS_F * size.hidden)
-        # What is summed is there twice when it is added up over ranks and written.
-        sums = 2 * own * (D + size.hidden) * 8
+        # This rank's sums, and those of all experts when they are added up over ranks and written.
+        sums = (own + size.num_experts) * (D + size.hidden) * 8
         if config.hessians:
-            sums += 2 * own * (D * D + size.hidden**2) * 4
+            sums += (own + size.num_experts) * (D * D + size.hidden**2) * 4
         largest = max(largest, held + step + sums)
     return int(stream + largest)
 
@@ -264,7 +265,9 @@ class _States:
         self.folder, self.mesh = folder, mesh
 
     def _path(self, layer: int) -> Path:
-        return self.folder / f"state-{layer:04d}-rank-{self.mesh.world.rank}.safetensors"
+        rank, ranks = self.mesh.world.rank, self.mesh.world.size
+        # Windows of text are shared by all ranks: with another number of them these are others.
+        return self.folder / f"state-{layer:04d}-rank-{rank}-of-{ranks}.safetensors"
 
     def save(self, layer: int, stream: list[Tensor]) -> None:
         """What is before `layer`; on the disk on all ranks when this returns."""
@@ -284,10 +287,13 @@ class _States:
     def forget(self, layer: int) -> None:
         self._path(layer).unlink(missing_ok=True)
 
-    def forget_partial(self) -> None:
-        """Removes what a killed process left half-written."""
-        for path in self.folder.glob(f".state-*-rank-{self.mesh.world.rank}.*"):
-            path.unlink(missing_ok=True)
+    def forget_others(self, layer: int) -> None:
+        """Removes what a killed process left half-written, and states before other layers or of other ranks."""
+        if self.mesh.world.rank == 0:
+            mine = f"state-{layer:04d}-rank-*-of-{self.mesh.world.size}.safetensors"
+            for path in {*self.folder.glob(".*.partial"), *self.folder.glob("state-*")} - {*self.folder.glob(mine)}:
+                path.unlink(missing_ok=True)
+        _wait(self.mesh)
 
 
 def _head(base: str, shape: Shape, calibration: Mapping[str, Any], config: ProfileConfig) -> dict[str, Any]:

@@ -117,6 +117,23 @@ def test_experts_go_by_mass_in_each_layer():
     assert drop_experts(plan, profile, 2).experts == {0: (1, 2), 1: (0, 2), 2: (0, 3)}
 
 
+def test_layers_that_have_fewer_experts_already_keep_them():
+    profile = profile_of([0.5] * 3, [[0.5]] * 3, [MASS[0], MASS[1][:3], [*MASS[2], 0.9]])
+    plan = drop_experts(empty_plan(profile), profile, 4)
+    assert plan.experts == {2: (3,)}
+    assert plan.result.experts == (4, 3, 4)
+
+
+def test_only_what_was_chosen_iteratively_says_so():
+    profile = profile_of([0.9, 0.8, 0.7], [[0.5]] * 3, [EVEN] * 3)
+
+    def again(plan):
+        return iterate(plan, 1, lambda plan, scored: drop_layers(plan, scored, 1), lambda plan: profile)
+
+    blocks = drop_blocks(empty_plan(profile), profile, 1)
+    assert again(blocks).criteria == {"blocks": "cosine, discrete", "layers": "cosine, iterative"}
+
+
 def test_experts_go_by_mass_over_all_layers():
     profile = profile_of([0.5] * 3, [[0.5]] * 3, MASS, top_k=1)
     plan = drop_experts(empty_plan(profile), profile, 3, scope="global")

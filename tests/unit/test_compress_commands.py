@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from stock_models import CONFIGS
 from transformers import AutoModelForCausalLM
 
+from wastenot.launch.calibration import calibration
 from wastenot.launch.saved_run import open_run
+from wastenot.launch.streamed import open_streamed
+from wastenot.moe.compress.calibration import padded
+from wastenot.moe.compress.evaluate import Evaluator
 from wastenot.moe.compress.plan import read_plan
 from wastenot.moe.compress.profile import read_profile
 from wastenot.tools.cli import main
+from wastenot.tools.compress.quality import judged, unigram_accuracy
 from wastenot.tools.compress.speed import compare, of_decoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,6 +96,14 @@ def test_auto_makes_a_smaller_run_that_stock_transformers_loads(home, capsys):
     again = json_of(capsys, *words)
     assert [stage["loss"] for stage in again["stages"]] == [stage["loss"] for stage in told["stages"]]
     assert before == {path: path.stat().st_mtime_ns for path in (out / "recovered").rglob("*") if path.is_file()}
+    weights = load_file(out / "exported" / "model.safetensors")
+    save_file(
+        {name: 2 * weight for name, weight in weights.items()}, out / "exported" / "model.safetensors", {"format": "pt"}
+    )
+    capsys.readouterr()
+    assert main(["compress", *words]) == 2
+    assert "exported: is not to be served: logits differ by" in capsys.readouterr().err
+    assert not json.loads((out / "verify.json").read_text())["passed"]
     told = refused(capsys, *words[:-2])
     assert "holds a compression with --windows 12, and this is one with --windows 64" in told
     assert "with --bits 8, and this is one without --bits; name" in refused(capsys, *words[:-4], *words[-2:])
@@ -106,6 +120,14 @@ def test_auto_takes_a_stock_checkpoint_to_another_that_verifies(home, capsys):
     loaded, info = AutoModelForCausalLM.from_pretrained(out / "exported", output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.config.model_type == "qwen2_moe" and loaded.config.num_experts == 4
+    for words, message in {
+        ("--drop-layers", "9"): "--drop-layers: 9 cannot go; use 0 to 3",
+        ("--keep-experts", "1"): "--keep-experts: 1 of 6 cannot be left where the router chooses 2; use 2",
+    }.items():
+        told = refused(
+            capsys, "auto", str(home / "stock"), "-o", str(home / "no"), "--data", str(home / "bottles.txt"), *words
+        )
+        assert message in told and not (home / "no").exists()
     assert "only runs of ours are trained here" in refused(capsys, "auto", str(home / "stock"), "--recover", "3")
 
 
@@ -125,12 +147,33 @@ def test_text_is_the_runs_own_a_files_or_what_the_model_writes(home, capsys, tmp
     assert len(prints) == 4
 
 
+def test_a_run_with_a_capacity_is_judged_without(home, tmp_path):
+    """As the whole model is: what a capacity drops is no matter of compression."""
+    shutil.copytree(home / "deep", tmp_path / "capped")
+    config = yaml.safe_load((tmp_path / "capped" / "config.yaml").read_text())
+    config["router"]["capacity_factor"] = 0.5
+    (tmp_path / "capped" / "config.yaml").write_text(yaml.safe_dump(config))
+    judge = Evaluator(open_streamed(tmp_path / "capped"), calibration(tmp_path / "capped", None, "val", 6, None))
+    found = judged(tmp_path / "capped", judge)
+    assert found.loss == pytest.approx(judge.whole.loss, rel=1e-5) and found.kl < 1e-6
+
+
+def test_the_commonest_token_is_one_that_counts():
+    text = padded([[5, 5, 7], [5, 7]], 8, "padded")
+    assert unigram_accuracy(text.tokens_NS[text.mask_NS], text) == pytest.approx(1 / 3)
+
+
 def test_a_plan_within_a_budget_has_no_more_than_that(home, capsys, tmp_path):
     whole = json_of(capsys, "plan", str(home / "seen"), str(tmp_path / "none.yaml"), "--bits", "8")
     told = json_of(
         capsys, "plan", str(home / "seen"), str(tmp_path / "plan.yaml"), "--checkpoint", str(home / "deep"),
         "--target", "params=60000", "--windows", "6",
     )  # fmt: skip
+    in_bits = json_of(
+        capsys, "plan", str(home / "seen"), str(tmp_path / "small.yaml"), "--checkpoint", str(home / "deep"),
+        "--target", "bytes=240000", "--bits", "8", "--windows", "6",
+    )  # fmt: skip
+    assert in_bits["blocks_left"] == 5 and len(in_bits["search"]) == 1  # 8 bits are enough
     assert whole["search"] == [] and told["search"][-1]["cost"] <= 60000 < told["search"][-2]["cost"]
     assert told["hash"] == read_plan(tmp_path / "plan.yaml").hash
     by_time = json_of(
@@ -168,8 +211,9 @@ def test_budgets_that_make_no_sense_are_refused(home, capsys, tmp_path):
         "kl=low": "'low' is no number",
         "step-time=1.5": "1.5 is outside (0, 1)",
         "params=10": "params: 10 cannot be reached",
+        "kl=1 --drop-layers 1": "leave --drop-layers, --drop-blocks and --keep-experts out",
     }.items():
-        assert message in refused(capsys, *plan, "--target", target)
+        assert message in refused(capsys, *plan, "--target", *target.split(" "))
     assert "--kinds: 'heads' is none" in refused(capsys, *plan, "--target", "kl=1", "--kinds", "heads")
     other = refused(capsys, *plan[:4], str(home / "stock"), "--target", "kl=1", "--data", str(home / "bottles.txt"))
     assert "is a profile of another checkpoint" in other

@@ -69,7 +69,7 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
     source = Source(model, found, scored, Evaluator(model, scored))
     text = calibration(run, None, "val", windows, None)
     judge = Evaluator(model, text)
-    unigram = unigram_accuracy(seen.tokens_NS, text)
+    unigram = unigram_accuracy(seen.tokens_NS[seen.mask_NS], text)
     measure = _Measure(judge, unigram, parameters_of(empty_plan(found), model), run)
 
     rows: list[Row] = [measure.whole()]

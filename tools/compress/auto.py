@@ -28,10 +28,10 @@ from . import recover
 from .export import exported
 from .page.folder import read_compression
 from .page.page import FILE_NAME, write_page
-from .plan import add_choice_arguments, choose
+from .plan import add_choice_arguments, check_counts, choose
 from .quality import Row, balance, judged, kept, row, speeds, unigram_accuracy
 from .text_arguments import add_text_arguments, text_of
-from .verify import verified
+from .verify import examined
 
 HELP = "profile, plan, apply, recover, export, verify and report, one after the other"
 EXAMPLE = """
@@ -61,14 +61,16 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"--recover: only runs of ours are trained here; `wastenot convert from-hf {args.checkpoint} RUN` makes one"
         )
-    _claim(out, args)
     work = _Work(args, out, RunConsole(speaks=True))
+    _claim(out, args)
     work.decide()
     stages = work.make()
     work.judge(stages)
     write_page(read_compression(out, None), out / FILE_NAME)
     summary = work.summary()
     print(json.dumps(summary, indent=2) if args.json else _told(summary))
+    if work.problems:
+        raise UserError(f"{out / 'exported'}: is not to be served: {'; '.join(work.problems)}")
     return 0
 
 
@@ -78,13 +80,19 @@ class _Work:
     def __init__(self, args: argparse.Namespace, out: Path, console: RunConsole) -> None:
         self.args, self.out, self.console = args, out, console
         self.notes: list[str] = []
+        self.problems: tuple[str, ...] = ()
+        """Why the export must not be used."""
         self.model = open_streamed(args.checkpoint)
+        check_counts(args, self.model.shape)
         self.calibration = text_of(args.checkpoint, args, "train")
         held_out = argparse.Namespace(**{**vars(args), "documents": False})
         if args.data == "self":
             # What a model wrote itself is no judge of it.
             held_out.data = None
         self.text = text_of(args.checkpoint, held_out, "val")
+        # A search that saw what it is judged by would look better than it is.
+        other = argparse.Namespace(**{**vars(args), "documents": False, "seed": args.seed + 1})
+        self.scored = text_of(args.checkpoint, other, "train")
 
     def decide(self) -> None:
         """Profiles and plans."""
@@ -98,7 +106,7 @@ class _Work:
             )
         path = self.out / "plan.yaml"
         if not path.is_file():
-            plan, steps = choose(self.args, self.profile, self.model, self.text, self.console)
+            plan, steps = choose(self.args, self.profile, self.model, self.scored, self.console)
             told = [
                 {"hash": step.plan.hash, "cost": step.cost, "tried": step.tried, **asdict(step.quality)}
                 for step in steps
@@ -114,7 +122,8 @@ class _Work:
         # Few bits come last: a model learns in many, and a run is exported in many.
         last = self.plan.quantize if is_run(self.args.checkpoint) else None
         structure = replace(self.plan, quantize=None) if last else self.plan
-        if last is None or structure.blocks or structure.layers or structure.experts or structure.slim:
+        nothing = DropPlan(base=self.plan.base, shape=self.plan.shape)
+        if replace(structure, profile="", criteria={}, semantics="reroute") != nothing:
             stages["applied"] = self._applied("applied", self.args.checkpoint, structure)
         if self.args.recover:
             stages["recovered"] = self._recovered(list(stages.values())[-1])
@@ -146,7 +155,7 @@ class _Work:
         self.quality: dict[str, Any] = {
             "checkpoint": str(self.args.checkpoint),
             "text": self.text.name,
-            "unigram_accuracy": unigram_accuracy(self.calibration.tokens_NS, self.text),
+            "unigram_accuracy": unigram_accuracy(self.calibration.tokens_NS[self.calibration.mask_NS], self.text),
             "rows": rows,
             "ranks": ranks,
             "balance": balance(self.plan, self.profile, after, ranks),
@@ -199,13 +208,14 @@ class _Work:
         try:
             if not target.exists():
                 exported(source, target, allow_zeroed=self.args.allow_zeroed)
-            found = verified(target, source)
+            found = examined(target, source)
         except ValueError as error:
             self.notes.append(f"Export: {error}")
             self.console.say(f"export: {error}")
             return
-        found = {"passed": not found["problems"], "max_difference": found["difference"], **found}
-        write_atomically(self.out / "verify.json", json.dumps(found, indent=2) + "\n")
+        self.problems = found.problems
+        told = {"passed": not found.problems, "max_difference": found.difference, **asdict(found)}
+        write_atomically(self.out / "verify.json", json.dumps(told, indent=2) + "\n")
 
 
 def _claim(out: Path, args: argparse.Namespace) -> None:
@@ -215,7 +225,11 @@ def _claim(out: Path, args: argparse.Namespace) -> None:
     path = out / "auto.json"
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
-        if differs := [name for name in asked if found.get(name) != asked[name]]:
+        differs = [name for name in asked if found.get(name) != asked[name]]
+        if not (out / "plan.yaml").is_file():
+            # Nothing rests on it yet but a profile, which knows what it is of.
+            write_atomically(path, json.dumps(asked, indent=2) + "\n")
+        elif differs:
             was, now = (_option(differs[0], each.get(differs[0])) for each in (found, asked))
             raise UserError(f"{out}: holds a compression {was}, and this is one {now}; name another folder with -o")
         return
@@ -236,8 +250,9 @@ def _told(summary: dict[str, Any]) -> str:
     for each in summary["stages"]:
         speed = each["decode_tokens_per_second"]
         ratio = f", decodes {speed / whole['decode_tokens_per_second']:.2f} times as fast" if speed else ""
+        quality = f", {each['kept']:.1%} of the quality" if each["kept"] is not None else ""
         lines.append(
             f"  {each['name']:<10} {each['parameters']:>14,} parameters {each['bytes']:>16,} bytes, loss "
-            f"{each['loss']:.4f}, {each['kept']:.1%} of the quality{ratio}"
+            f"{each['loss']:.4f}{quality}{ratio}"
         )
     return "\n".join([*lines, *(f"  {note}" for note in summary["notes"]), f"  {summary['report']}"])

@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         # The library below knows no users; what it refuses is what they gave it.
         raise UserError(str(error)) from error
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileNotFoundError) as error:
+        raise UserError(f"{error.filename}: cannot be read or written ({error.strerror}); name another") from error
 
 
 def _module(stage: str) -> str:

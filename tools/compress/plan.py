@@ -26,7 +26,7 @@ from ...moe.compress.choose import (
 from ...moe.compress.cost import bytes_of, parameters_of, seconds_of, time_layers
 from ...moe.compress.criteria import EXPERT_CRITERIA
 from ...moe.compress.evaluate import Evaluator
-from ...moe.compress.plan import DropPlan, Method, Pattern, Quantize, Slim, write_plan
+from ...moe.compress.plan import DropPlan, Method, Pattern, Quantize, Shape, Slim, write_plan
 from ...moe.compress.profile import Profile, measure, read_profile
 from ...moe.compress.search import KINDS, Options, Step, Target, search
 from ...moe.compress.streamed import StreamedModel
@@ -120,6 +120,11 @@ def choose(
     plan = empty_plan(profile)
     if args.skip:
         plan = replace(plan, semantics="skip")
+    # Before any search: a budget of bytes is one of the bytes that are left.
+    if args.slim:
+        plan = replace(plan, slim=Slim(method=args.slim, pattern=args.pattern, sparsity=args.sparsity))
+    if args.bits:
+        plan = replace(plan, quantize=Quantize(bits=args.bits, group=args.group))
 
     def rescore(plan: DropPlan) -> Profile:
         assert model is not None and text is not None
@@ -134,6 +139,8 @@ def choose(
 
     steps: list[Step] = []
     if args.target is not None:
+        if args.drop_layers or args.drop_blocks or args.keep_experts is not None:
+            raise UserError("--target: finds out what goes; leave --drop-layers, --drop-blocks and --keep-experts out")
         assert model is not None and text is not None
         steps = _search(args, plan, model, text, rescore, protect, console)
         plan = steps[-1].plan
@@ -144,10 +151,6 @@ def choose(
     several(args.drop_layers, lambda plan, scored, n: drop_layers(plan, scored, n, protect))
     if args.keep_experts is not None:
         plan = drop_experts(plan, profile, args.keep_experts, args.criterion, args.scope, args.multiple_of, protect)
-    if args.slim:
-        plan = replace(plan, slim=Slim(method=args.slim, pattern=args.pattern, sparsity=args.sparsity))
-    if args.bits:
-        plan = replace(plan, quantize=Quantize(bits=args.bits, group=args.group))
     if args.ranks > 1:
         plan = place_experts(plan, rescore(plan), args.ranks)
     if plan == empty_plan(profile):
@@ -155,6 +158,24 @@ def choose(
             "nothing is to go: give --drop-layers, --drop-blocks, --keep-experts, --slim, --bits or --target"
         )
     return plan, steps
+
+
+def check_counts(args: argparse.Namespace, shape: Shape) -> None:
+    """Raises UserError where no profile could let a model of `shape` lose what `args` ask for."""
+    moe_layers = shape.moe_layers
+    for name, asked, most in (
+        ("drop-layers", args.drop_layers, len(moe_layers)),
+        ("drop-blocks", args.drop_blocks, shape.layers - 1),
+    ):
+        if not 0 <= asked <= most:
+            raise UserError(f"--{name}: {asked} cannot go; use 0 to {most}")
+    fullest = max(shape.experts)
+    if args.keep_experts is not None and not shape.top_k <= args.keep_experts <= fullest:
+        nearest = min(max(args.keep_experts, shape.top_k), fullest)
+        raise UserError(
+            f"--keep-experts: {args.keep_experts} of {fullest} cannot be left where the router chooses {shape.top_k}; "
+            f"use {nearest}"
+        )
 
 
 def _search(

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     env.start(rank, parallel, device)
     try:
         mesh = make_mesh(parallel, device)
-        model = open_streamed(args.checkpoint)
+        model = open_streamed(args.checkpoint, device)
         needed = predicted_bytes(model, text, config, mesh)
         console = RunConsole(speaks=rank.rank == 0)
         console.say(f"profile: {text.num_tokens:,} tokens of {text.name}; {format_bytes(needed)} on a rank")

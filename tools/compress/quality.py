@@ -22,27 +22,29 @@ from ...moe.compress.forward import run_layers
 from ...moe.compress.plan import DropPlan
 from ...moe.compress.profile import Profile
 from .speed import Speed, compare, of_decoder
+from .verify import dropless_logits
 
 Row = dict[str, Any]
 
 
-def unigram_accuracy(seen: Tensor, text: Calibration) -> float:
-    """Part of the tokens of `text` with one before them that are the commonest of `seen` (token ids, any shape)."""
-    commonest = seen.flatten().bincount().argmax()
+def unigram_accuracy(seen_T: Tensor, text: Calibration) -> float:
+    """Part of the tokens of `text` with one before them that are the commonest of `seen_T` (token ids [T])."""
+    commonest = seen_T.bincount().argmax()
     targets_T = text.tokens_NS[:, 1:][text.mask_NS[:, 1:]]
     return float((targets_T == commonest).double().mean())
 
 
-def kept(accuracy: float, whole: float, unigram: float) -> float:
-    """Quality kept, 0 to 1 (and more, where a model became better)."""
-    return (accuracy - unigram) / (whole - unigram)
+def kept(accuracy: float, whole: float, unigram: float) -> float | None:
+    """Quality kept, 0 to 1 (and more, where a model became better); None of a model that had none."""
+    return (accuracy - unigram) / (whole - unigram) if whole > unigram else None
 
 
 def judged(checkpoint: Path, judge: Evaluator) -> Quality:
     """Of a checkpoint of any kind beside the model that `judge` has, on its text."""
     if is_run(checkpoint):
         model = open_run(checkpoint).model
-        return judge.quality_of(lambda at: model.logits(model(judge.text.tokens_NS[at]).hidden_BSD))
+        # Whatever capacity it trains with: profiles are dropless, and so is what serves it.
+        return judge.quality_of(lambda at: dropless_logits(model, judge.text.tokens_NS[at]))
     streamed = open_streamed(checkpoint)
     # All at once: each layer is read once.
     h_NSD = run_layers(streamed, judge.text.tokens_NS, batch=judge.batch)

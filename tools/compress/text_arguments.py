@@ -30,9 +30,11 @@ def add_text_arguments(parser: argparse.ArgumentParser, windows: int) -> None:
 
 def text_of(checkpoint: Path, args: argparse.Namespace, split: Split = "train") -> Calibration:
     """The windows that `args` ask for, in the tokens of `checkpoint`. Raises UserError where they cannot be had."""
-    if args.windows < 1:
-        raise ValueError(f"--windows: {args.windows} is too small; use 1 or more")
-    if args.documents:
+    for name, value in (("windows", args.windows), ("seq-len", args.seq_len)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: {value} is too small; use 1 or more")
+    # Text to judge by is that of the other split, in windows as they come.
+    if args.documents and split == "train":
         if args.data is None:
             raise ValueError("--documents: reads them from a text or JSONL file; name it with --data")
         return documents(checkpoint, args.data, args.windows, args.seq_len)

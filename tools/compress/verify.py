@@ -20,7 +20,7 @@ from ...moe.attention import KVCache
 from ...moe.compress.fingerprint import is_run
 from ...moe.compress.forward import run_layers
 from ...moe.compress.stored import COMPRESSED
-from ...moe.compress.verify import verify
+from ...moe.compress.verify import Verified, verify
 from ...moe.decoder import Decoder
 
 HELP = "load an export with stock transformers, and compare with what it was made from"
@@ -60,19 +60,23 @@ def verified(exported: Path, against: Path | None, python: str = sys.executable)
     the interpreter whose transformers loads it.
     Raises UserError where the export is not what it should be, or a folder is none.
     """
+    found = examined(exported, against, python)
+    if found.problems:
+        raise UserError(f"{found.folder}: {'; '.join(found.problems)}")
+    return asdict(found)
+
+
+def examined(exported: Path, against: Path | None, python: str = sys.executable) -> Verified:
+    """As `verified`, problems told and not raised."""
     try:
         if against is None or not (is_run(against) or (against / COMPRESSED).is_file()):
-            found = verify(exported, against=against, python=python)
-        else:
-            compute = _decoder(against) if is_run(against) else _streamed(against)
-            found = verify(exported, logits_of=compute, python=python)
+            return verify(exported, against=against, python=python)
+        compute = _decoder(against) if is_run(against) else _streamed(against)
+        return verify(exported, logits_of=compute, python=python)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
-    if found.problems:
-        raise UserError(f"{found.folder}: {'; '.join(found.problems)}")
-    return asdict(found)
 
 
 def _decoder(run: Path) -> Callable[[Tensor], Tensor]:

@@ -64,10 +64,9 @@ def in_words(plan: DropPlan) -> list[str]:
             f"({plan.slim.pattern}, chosen by {method})."
         )
     if plan.quantize is not None:
-        said.append(
-            f"Weights of linear layers are stored in {plan.quantize.bits} bits, {plan.quantize.group} of them to a "
-            "scale."
-        )
+        few = plan.quantize
+        share = f"{few.group} of them to a scale" if few.bits == 4 else "a row of them to a scale"
+        said.append(f"Weights of linear layers are stored in {few.bits} bits, {share}.")
     return said or ["Nothing goes."]
 
 
