@@ -44,6 +44,10 @@ class Calibration:
         digest.update(self.mask_NS.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def first(self, windows: int) -> Calibration:
+        """The first so many windows."""
+        return Calibration(self.tokens_NS[:windows], self.mask_NS[:windows], f"{self.name}, the first {windows}")
+
     def share(self, rank: int, ranks: int, batch: int) -> Calibration:
         """The windows of one of `ranks`: as many for each, a multiple of `batch`; what is added is padding."""
         count = -(-len(self.tokens_NS) // (ranks * batch)) * batch

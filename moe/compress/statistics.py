@@ -5,14 +5,12 @@ sums are formed on the rank that owns it, which sees every token of its copy of 
 
     tokens               []            tokens that count
     ffn_cosine           []            cos(a, a + ffn(norm(a))), Layer Drop's score (C1)
-    ffn_ratio            []            |ffn(norm(a))| / |a|
     block_cosine_W       [W]           cos(h_(l+1-g), h_(l+1)) for g = 1 .. W, l this layer: Block Drop's score (C2) of
                                        the g blocks that end here; zeros where there are not so many
     mass_E, gate_E       [E]           of the router's probabilities, and of the weights it applied
     routed_E             [E]           tokens each expert got
     reap_E               [E]           weight x |output| over routed tokens (REAP)
-    norm_E, square_E     [E]           |output| and |output|^2 over routed tokens
-    peak_E               [E]           the largest |output|, a maximum and no sum
+    square_E             [E]           |output|^2 over routed tokens
     input_sq_ED          [E, D]        squares of each input, for Wanda
     hidden_sq_EF         [E, F]        squares of each input of the down projection
     hessian_in_DD.3, hessian_hidden_FF.3  of expert 3, where asked for: x x^T, for SparseGPT
@@ -23,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,8 +29,6 @@ from ...parallel.mesh import Mesh
 from .streamed import Choice, StreamedLayer
 
 __all__ = ["LayerSums"]
-
-_PEAK = "peak_E"
 
 
 class LayerSums:
@@ -46,7 +41,7 @@ class LayerSums:
             self._make(layer, mesh, window, hessians)
 
     def _make(self, layer: StreamedLayer, mesh: Mesh, window: int, hessians: bool) -> None:
-        self.sums = {name: _zeros() for name in ("tokens", "ffn_cosine", "ffn_ratio")}
+        self.sums = {name: _zeros() for name in ("tokens", "ffn_cosine")}
         """Of this rank's tokens."""
         self.sums["block_cosine_W"] = _zeros(window)
         self.owned: dict[str, Tensor] = {}
@@ -58,7 +53,7 @@ class LayerSums:
         e, D, F_ = layer.experts.down.shape
         self.own = range(mesh.expert.rank * e, (mesh.expert.rank + 1) * e)
         self.sums |= {name: _zeros(layer.num_experts) for name in ("mass_E", "gate_E")}
-        self.owned = {name: _zeros(e) for name in ("routed_E", "reap_E", "norm_E", "square_E", _PEAK)}
+        self.owned = {name: _zeros(e) for name in ("routed_E", "reap_E", "square_E")}
         self.owned |= {"input_sq_ED": _zeros(e, D), "hidden_sq_EF": _zeros(e, F_)}
         if hessians:
             self.hessians = {"hessian_in_DD": torch.zeros(e, D, D), "hessian_hidden_FF": torch.zeros(e, F_, F_)}
@@ -67,7 +62,6 @@ class LayerSums:
         """The stream before and after the feed-forward network, of tokens that count."""
         self.sums["tokens"] += len(a_TD)
         self.sums["ffn_cosine"] += F.cosine_similarity(a_TD, b_TD, dim=-1).double().sum()
-        self.sums["ffn_ratio"] += ((b_TD - a_TD).norm(dim=-1) / a_TD.norm(dim=-1)).double().sum()
 
     def add_choice(self, choice: Choice) -> None:
         """What the router says of this rank's tokens."""
@@ -82,9 +76,8 @@ class LayerSums:
         expert_R = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
         norms_R = outputs_RD.norm(dim=-1).double()
         self.owned["routed_E"] += sizes.double()
-        for name, values_R in (("reap_E", gates_R.double() * norms_R), ("norm_E", norms_R), ("square_E", norms_R**2)):
+        for name, values_R in (("reap_E", gates_R.double() * norms_R), ("square_E", norms_R**2)):
             self.owned[name].scatter_add_(0, expert_R, values_R)
-        self.owned[_PEAK].scatter_reduce_(0, expert_R, norms_R, "amax")
         start = 0
         for i, end in enumerate(offsets_e.tolist()):
             for rows, square, hessian in (
@@ -115,8 +108,7 @@ class LayerSums:
 
 
 def _all_reduce(name: str, tensor: Tensor, mesh: Mesh) -> Tensor:
-    op = dist.ReduceOp.MAX if name == _PEAK else dist.ReduceOp.SUM
-    all_reduce(tensor, mesh.world, name, mesh.recorder, op)
+    all_reduce(tensor, mesh.world, name, mesh.recorder)
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: is not finite; the model's activations overflow on this text")
     return tensor

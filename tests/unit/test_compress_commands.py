@@ -75,8 +75,12 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_auto_makes_a_smaller_run_that_stock_transformers_loads(home, capsys):
     out = home / "auto"
     words = ("auto", str(home / "deep"), "-o", str(out), "--drop-layers", "2", "--recover", "6", "--bits", "8")
-    words += ("--windows", "12")
+    words += ("--stability", "--windows", "12")
     told = json_of(capsys, *words)
+    stability = json.loads((out / "quality.json").read_text())["stability"]
+    assert [each["tokens"] for each in stability] == [3 * 32, 6 * 32]
+    assert all(0.5 < each["jaccard"] <= 1 for each in stability)
+    assert all(stage["seconds"] > 0 for stage in told["stages"][1:])
     names = [stage["name"] for stage in told["stages"]]
     assert names == ["whole", "applied", "recovered", "quantized"]
     whole, applied, recovered, quantized = told["stages"]
@@ -106,7 +110,9 @@ def test_auto_makes_a_smaller_run_that_stock_transformers_loads(home, capsys):
     assert not json.loads((out / "verify.json").read_text())["passed"]
     told = refused(capsys, *words[:-2])
     assert "holds a compression with --windows 12, and this is one with --windows 64" in told
-    assert "with --bits 8, and this is one without --bits; name" in refused(capsys, *words[:-4], *words[-2:])
+    assert "with --bits 8, and this is one without --bits; name" in refused(
+        capsys, *(word for word in words if word not in ("--bits", "8"))
+    )
 
 
 def test_auto_takes_a_stock_checkpoint_to_another_that_verifies(home, capsys):

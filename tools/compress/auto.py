@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from .export import exported
 from .page.folder import read_compression
 from .page.page import FILE_NAME, write_page
 from .plan import add_choice_arguments, check_counts, choose
-from .quality import Row, balance, judged, kept, row, speeds, unigram_accuracy
+from .quality import Row, balance, judged, kept, kept_units, row, speeds, unigram_accuracy
 from .text_arguments import add_text_arguments, text_of
 from .verify import examined
 
@@ -49,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser, windows=64)
     parser.add_argument(
         "--recover", type=int, default=0, metavar="STEPS", help="of distillation, of a run (%(default)s)"
+    )
+    parser.add_argument(
+        "--stability", action="store_true", help="also choose by a quarter and by half of the text, and compare"
     )
     parser.add_argument("--allow-zeroed", action="store_true", help="export what a family cannot leave out as zeros")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -80,6 +84,8 @@ class _Work:
     def __init__(self, args: argparse.Namespace, out: Path, console: RunConsole) -> None:
         self.args, self.out, self.console = args, out, console
         self.notes: list[str] = []
+        self.seconds: dict[str, float] = {}
+        """Of the stages that were carried out now, by what they made."""
         self.problems: tuple[str, ...] = ()
         """Why the export must not be used."""
         self.model = open_streamed(args.checkpoint)
@@ -116,6 +122,21 @@ class _Work:
             write_plan(plan, path)
         self.plan: DropPlan = read_plan(path)
 
+    def stability(self) -> list[dict[str, Any]]:
+        """How much of what is kept would be, chosen by less text: Jaccard index, by the tokens of it."""
+        if not self.args.stability or self.args.target is not None:
+            return []
+        found = []
+        for part in (4, 2):
+            windows = max(1, len(self.calibration.tokens_NS) // part)
+            text = self.calibration.first(windows)
+            with self.console.following(f"profile 1/{part}", 1):
+                seen = measure(self.model, text, self.profile.config)
+            plan, _ = choose(self.args, seen, self.model, self.scored, self.console)
+            mine, other = kept_units(self.plan), kept_units(plan)
+            found.append({"tokens": text.num_tokens, "jaccard": len(mine & other) / len(mine | other)})
+        return found
+
     def make(self) -> dict[str, Path]:
         """Applies, recovers, quantizes, exports and verifies; the checkpoints made, by name."""
         stages = {"whole": self.args.checkpoint}
@@ -147,7 +168,7 @@ class _Work:
             rows: list[Row] = []
             for done, (name, path) in enumerate(stages.items()):
                 quality = judge.whole if name == "whole" else judged(path, judge)
-                rows.append(row(name, path, quality, fast.get(name)))
+                rows.append(row(name, path, quality, fast.get(name)) | {"seconds": self.seconds.get(name)})
                 line.advance(done + 2)
             ranks = max(2, self.args.ranks)
             after = measure(self.model, self.calibration, self.profile.config, plan=self.plan)
@@ -159,7 +180,7 @@ class _Work:
             "rows": rows,
             "ranks": ranks,
             "balance": balance(self.plan, self.profile, after, ranks),
-            "stability": [],
+            "stability": self.stability(),
             "not_measured": self.notes,
         }
         write_atomically(self.out / "quality.json", json.dumps(self.quality, indent=2) + "\n")
@@ -179,15 +200,16 @@ class _Work:
         }
 
     def _applied(self, name: str, source: Path, plan: DropPlan) -> Path:
-        target = self.out / name
+        target, start = self.out / name, time.perf_counter()
         if not target.exists():
             with self.console.following("apply", 1) as line:
                 change = weight_change(plan, self.profile if plan.profile == self.profile.fingerprint else None)
                 apply_plan(source, target, plan, transform=change, progress=line.portion)
+            self.seconds[name] = time.perf_counter() - start
         return target
 
     def _recovered(self, source: Path) -> Path:
-        target = self.out / "recovered"
+        target, start = self.out / "recovered", time.perf_counter()
         if not (RunFolder(target).summary).is_file():
             words = [
                 str(source),
@@ -201,6 +223,7 @@ class _Work:
             recover.add_arguments(parser)
             if code := recover.run(parser.parse_args(words)):
                 raise SystemExit(code)
+            self.seconds["recovered"] = time.perf_counter() - start
         return target
 
     def _exported(self, source: Path) -> None:

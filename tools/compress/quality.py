@@ -120,6 +120,12 @@ def balance(plan: DropPlan, before: Profile, after: Profile, ranks: int) -> list
     return rows
 
 
+def kept_units(plan: DropPlan) -> set[tuple[int, int]]:
+    """What `plan` keeps of what can go: (layer, expert), and (layer, -1) for a block."""
+    blocks = {(layer, -1) for layer in plan.survivors}
+    return blocks | {(layer, expert) for layer in plan.survivors for expert in plan.kept(layer)}
+
+
 def busiest(load: Sequence[float], ranks: int) -> float:
     """Load of the busiest of `ranks` equal consecutive shares, over the mean."""
     size = len(load) // ranks
