@@ -161,3 +161,32 @@ except ImportError as error:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "rectify" in done.stdout
+
+
+def test_a_run_trains_is_evaluated_and_saved_where_compression_is_deleted() -> None:
+    """The method is separable: what trains, opens and evaluates runs imports it for runs that it made alone."""
+    assert (ROOT / "moe/compress/plan.py").is_file()
+    program = """
+import sys
+sys.modules["wastenot.moe.compress"] = None  # importing it, or a part of it, now fails
+import wastenot.launch.trainer, wastenot.launch.evaluate, wastenot.launch.saved_run, wastenot.moe.generate
+import wastenot.tools.convert, wastenot.tools.report.command
+try:
+    import wastenot.launch.streamed
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "compress" in done.stdout
+
+
+def test_plans_and_places_are_read_without_torch() -> None:
+    program = """
+import sys
+sys.modules["torch"] = None
+import wastenot.moe.compress.plan, wastenot.moe.compress.places, wastenot.moe.compress.shapes
+import wastenot.moe.compress.fingerprint, wastenot.moe.compress.families, wastenot.moe.compress.compose
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
