@@ -1,8 +1,8 @@
 """What a checkpoint is, in 16 characters: a run of ours or a Hugging Face folder. Torch-free, and reads little.
 
 It covers the configuration of the model and, of every weight, name, dtype, shape and the first and last 4 KiB of its
-bytes. The same weights have the same fingerprint in however many files they lie, and whatever layout of ranks wrote
-them.
+bytes; of a stack of matrices, experts, those of each. The same weights have the same fingerprint in however many files
+they lie, and whatever layout of ranks wrote them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ __all__ = ["checkpoint_fingerprint", "is_run", "newest_checkpoint"]
 RUN_CONFIG, CHECKPOINTS, MANIFEST = "config.yaml", "checkpoints", "meta.json"
 _WEIGHTS = "model."
 _EDGE = 4096
-"""Bytes at each end of a tensor that are looked at."""
+"""Bytes at each end of a tensor, or of a matrix of a stack, that are looked at."""
 _UNRELATED = ("transformers_version", "_name_or_path")
 """Keys of config.json that say who wrote it."""
 _Box = tuple[tuple[int, ...], tuple[int, ...], StoredTensor]
@@ -101,19 +101,26 @@ def run_fingerprint(checkpoint: Path, run: Path) -> str:
 
 
 def _edges(file: Any, tensor: StoredTensor) -> list[bytes]:
-    """The first and the last bytes of a tensor that lies in one piece."""
-    size = min(_EDGE, tensor.length)
+    """The first and the last bytes of a tensor that lies in one piece, or of each of its matrices."""
     edges = []
-    for start in (tensor.start, tensor.start + tensor.length - size):
-        file.seek(start)
+    for start, size in _spans(tensor.shape, tensor.length, _EDGE):
+        file.seek(tensor.start + start)
         edges.append(file.read(size))
     return edges
+
+
+def _spans(shape: Sequence[int], length: int, edge: int) -> list[tuple[int, int]]:
+    """Start and size of what is looked at of a tensor, or of each matrix of a stack; `edge` at each end of it."""
+    count = math.prod(shape[:-2])
+    each = length // max(1, count)
+    size = min(edge, each)
+    return [(i * each + start, size) for i in range(count) for start in (0, each - size)]
 
 
 def _chunked_edges(
     checkpoint: Path, name: str, said: Mapping[str, Any], headers: Mapping[str, Mapping[str, StoredTensor]]
 ) -> list[int]:
-    """CRC-32 of the first and the last bytes of a tensor that is cut into boxes."""
+    """CRC-32 of what `_edges` has, of a tensor that is cut into boxes."""
     shape = list(said["shape"])
     numel = math.prod(shape)
     boxes = [
@@ -124,8 +131,8 @@ def _chunked_edges(
     if not numel:
         return [0, 0]
     itemsize = boxes[0][2].length // math.prod(boxes[0][1])
-    count = min(_EDGE // itemsize, numel)
-    return [zlib.crc32(_elements(checkpoint, name, shape, boxes, first, count)) for first in (0, numel - count)]
+    spans = _spans(shape, numel, _EDGE // itemsize)
+    return [zlib.crc32(_elements(checkpoint, name, shape, boxes, first, count)) for first, count in spans]
 
 
 def _elements(

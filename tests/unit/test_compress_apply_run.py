@@ -387,6 +387,16 @@ def test_fingerprints_of_runs_tell_weights_and_models_apart(runs: dict[str, Path
     assert checkpoint_fingerprint(run) != base, "the step before"
 
 
+def test_a_fingerprint_sees_every_expert(runs: dict[str, Path], tmp_path: Path) -> None:
+    """The stack is larger than what is read at its two ends."""
+    found = {checkpoint_fingerprint(runs["adamw"])}
+    for expert in range(6):
+        plan = plan_of(runs["adamw"], experts={2: (expert,)}, semantics="skip")
+        found.add(apply_plan(runs["adamw"], tmp_path / f"without-{expert}", plan).fingerprint)
+    assert tensors_in(runs["adamw"])["model.blocks.2.ffn.experts.down"].nbytes > 8192
+    assert len(found) == 7
+
+
 def test_the_models_of_the_tests_have_what_they_are_to_show(runs: dict[str, Path]) -> None:
     model = open_run(runs["adamw"]).model
     assert [isinstance(block.ffn, MoELayer) for block in model.blocks] == [False, True, True, True, True]
