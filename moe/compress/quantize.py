@@ -28,10 +28,8 @@ def nearest(weight: Tensor, how: Quantize) -> tuple[Tensor, Tensor]:
 
     Raises ValueError where groups do not divide the inputs, or a weight is not a number.
     """
-    check_groups(weight.size(-1), how)
+    _check(weight, how)
     grouped = weight.float().unflatten(-1, (-1, _group(weight.size(-1), how)))
-    if not grouped.isfinite().all():
-        raise ValueError("a weight is not a number; check the checkpoint")
     scale = _scale(grouped, how.bits)
     return pack(_codes(grouped, scale, how.bits).flatten(-2).to(torch.int8), how.bits), scale.squeeze(-1)
 
@@ -39,9 +37,9 @@ def nearest(weight: Tensor, how: Quantize) -> tuple[Tensor, Tensor]:
 def gptq(weight_OI: Tensor, hessian_II: Tensor, how: Quantize) -> tuple[Tensor, Tensor]:
     """As `nearest`, each column rounded in turn, those after it changed to make up for it (arXiv 2210.17323).
 
-    hessian_II: sums of x x^T over the inputs.
+    hessian_II: sums of x x^T over the inputs. Raises ValueError where `nearest` does, or a sum is not a number.
     """
-    check_groups(weight_OI.size(-1), how)
+    _check(weight_OI, how)
     rule = _Rounding(weight_OI, how)
     settled = sweep(weight_OI.double(), hessian_II, rule, block=max(BLOCK, rule.group if how.bits == 4 else 0))
     scale = torch.stack(rule.scales, -1)
@@ -76,6 +74,12 @@ def check_groups(inputs: int, how: Quantize) -> None:
     divisor = inputs & -inputs
     use = f"use {divisor}" if divisor >= 16 else "use bits: 8"
     raise ValueError(f"group: {how.group} does not divide the {inputs} inputs of a weight; {use}")
+
+
+def _check(weight: Tensor, how: Quantize) -> None:
+    check_groups(weight.size(-1), how)
+    if not weight.isfinite().all():
+        raise ValueError("a weight is not a number; check the checkpoint")
 
 
 def _group(inputs: int, how: Quantize) -> int:

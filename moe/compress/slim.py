@@ -26,9 +26,8 @@ def kept(scores: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     index goes. Raises ValueError where m does not divide the inputs, or a score is not a number.
     """
     inputs = scores.size(-1)
+    sparsegpt.check_pattern(inputs, pattern)
     n, m = (round(sparsity * inputs), inputs) if pattern == "unstructured" else map(int, pattern.split(":"))
-    if inputs % m:
-        raise ValueError(f"pattern: {pattern} does not fit rows of {inputs} inputs; use unstructured")
     if scores.isnan().any():
         raise ValueError("a weight, or the sums of its inputs, is not a number; check the checkpoint, or profile again")
     grouped = scores.unflatten(-1, (-1, m))

@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .plan import Slim
+from .plan import Pattern, Slim
 
-__all__ = ["Rule", "prune", "shrunk", "sweep"]
+__all__ = ["Rule", "check_pattern", "prune", "shrunk", "sweep"]
 
 BLOCK = 128
 DAMPING = 0.01
@@ -64,8 +64,18 @@ def prune(weight_OI: Tensor, hessian_II: Tensor, how: Slim, block: int = BLOCK, 
 
     Unstructured: in each block of columns the same share of weights goes, the cheapest over all its rows; of n:m, the
     cheapest n of each m. Of equally cheap ones those that come first, row by row.
+    Raises ValueError where m does not divide the inputs, or a weight or sum is not a number.
     """
+    check_pattern(weight_OI.size(-1), how.pattern)
+    if not weight_OI.isfinite().all():
+        raise ValueError("a weight is not a number; check the checkpoint")
     return sweep(weight_OI, hessian_II, _Pruning(how), block, damping)
+
+
+def check_pattern(inputs: int, pattern: Pattern) -> None:
+    """Raises ValueError where rows of so many inputs do not fall into the m neighbours of n:m."""
+    if pattern != "unstructured" and inputs % int(pattern.split(":")[1]):
+        raise ValueError(f"pattern: {pattern} does not fit rows of {inputs} inputs; use unstructured")
 
 
 def shrunk(sums: Tensor, tokens: int, pool: Tensor, pool_tokens: int) -> Tensor:

@@ -277,6 +277,8 @@ def test_groups_that_do_not_divide_are_refused_by_name() -> None:
         nearest(drawn(4, 24), Quantize(group=16))
     with pytest.raises(ValueError, match="a weight is not a number"):
         nearest(drawn(4, 32) * torch.inf, FOUR)
+    with pytest.raises(ValueError, match="a weight is not a number"):
+        gptq(drawn(4, 32) * torch.inf, torch.eye(32), FOUR)
 
 
 def a_plan(**changes: Any) -> DropPlan:

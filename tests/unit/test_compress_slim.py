@@ -218,6 +218,10 @@ def test_what_is_missing_or_no_number_is_refused() -> None:
     weight = torch.ones(2, 6)
     with pytest.raises(ValueError, match="2:4 does not fit rows of 6 inputs; use unstructured"):
         slim(weight, Slim(method="magnitude", pattern="2:4"))
+    with pytest.raises(ValueError, match="2:4 does not fit rows of 6 inputs; use unstructured"):
+        slim(weight, Slim(method="sparsegpt", pattern="2:4"), torch.eye(6))
+    with pytest.raises(ValueError, match="a weight is not a number"):
+        slim(weight * torch.nan, Slim(method="sparsegpt"), torch.eye(6))
     with pytest.raises(ValueError, match="wanda needs sums of the inputs"):
         slim(weight, Slim(method="wanda"))
     with pytest.raises(ValueError, match="not a number"):
