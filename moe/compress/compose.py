@@ -10,15 +10,16 @@ __all__ = ["compose"]
 def compose(first: DropPlan, second: DropPlan) -> DropPlan:
     """The plan that leaves what `second` leaves of what `first` leaves, bit by bit.
 
-    Raises ValueError where no plan does: `second` is of another shape, its weights rest on a profile of what `first`
-    leaves, `first` quantizes, or one of them skips experts and the other cuts some.
+    Raises ValueError where no plan does: `second` is of another shape, what it does to weights rests on a profile of
+    what `first` leaves, `first` quantizes, or one of them skips experts and the other cuts some.
     """
     if second.shape != first.result:
         raise ValueError(f"shape: the second plan is for {second.shape}, and the first leaves {first.result}")
     if first.quantize:
         raise ValueError("quantize: nothing can be cut from what is quantized; quantize in the second plan instead")
-    if second.slim:
-        raise ValueError("slim: the second plan rests on a profile of what the first leaves; apply one after the other")
+    if second.slim or (second.quantize and second.profile):
+        what = "slim" if second.slim else "quantize"
+        raise ValueError(f"{what}: the second plan rests on a profile of what the first leaves; apply one after the other")
     old = first.survivors
     blocks = {*first.blocks, *(old[block] for block in second.blocks)}
     layers = ({*first.layers} - blocks) | {old[layer] for layer in second.layers}

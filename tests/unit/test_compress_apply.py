@@ -609,6 +609,8 @@ def test_some_plans_have_no_composition() -> None:
         compose(cuts, replace(skips, shape=shape))
     with pytest.raises(ValueError, match="slim: the second plan rests on a profile"):
         compose(cuts, DropPlan(base="b", shape=cuts.result, slim=Slim()))
+    with pytest.raises(ValueError, match="quantize: the second plan rests on a profile"):
+        compose(cuts, DropPlan(base="b", shape=cuts.result, quantize=Quantize(), profile="sums of x x^T"))
     with pytest.raises(ValueError, match="quantize: nothing can be cut"):
         compose(replace(cuts, quantize=Quantize()), DropPlan(base="b", shape=cuts.result))
     # What is skipped first and cut then is cut.
