@@ -23,7 +23,7 @@ from .partial import Partial, check_target
 from .places import Place, name_of, places_of
 from .plan import DropPlan, Shape
 from .stored import BASE_CONFIG, COMPRESSED, INDEX, WEIGHTS, StockFolder, compressed_text, read_stock
-from .writing import OpenFiles, Output, Transform, divide, in_order, output, take_rows, write_shards
+from .writing import OpenFiles, Output, Transform, check_outputs, divide, in_order, output, take_rows, write_shards
 
 __all__ = ["Applied", "Rewrite", "RunConfig", "Transform", "apply_plan"]
 
@@ -84,7 +84,7 @@ def apply_plan(
     progress: hears (bytes done, bytes in all).
 
     Raises ValueError, and writes nothing, where the plan was made for another checkpoint, a tensor is unknown,
-    missing or cut short, or `target` exists; OSError where it cannot be written. A target that was begun by a process
+    missing or cut short, of a shape that `transform` cannot change, or `target` exists; OSError where it cannot be written. A target that was begun by a process
     that ended is continued.
     """
     source, target = Path(source), Path(target)
@@ -170,6 +170,8 @@ def _apply_to_stock(
         if (found := cut.fate(place)) is not None:
             there = stock.tensors[name]
             outputs.append(output(name, name_of(found.place, stock.family), place, found, there.shape, there.length))
+
+    check_outputs(outputs, transform)
 
     def read(files: OpenFiles, wanted: Output) -> Tensor:
         file = files.open(stock.tensors[wanted.source].file)

@@ -26,7 +26,18 @@ from .fingerprint import CHECKPOINTS, RUN_CONFIG, checkpoint_fingerprint, newest
 from .partial import Partial
 from .places import NATIVE, Place, name_of, places_of
 from .plan import DropPlan, Shape
-from .writing import OpenFiles, Output, Read, Transform, divide, in_order, output, take_rows, write_shards
+from .writing import (
+    OpenFiles,
+    Output,
+    Read,
+    Transform,
+    check_outputs,
+    divide,
+    in_order,
+    output,
+    take_rows,
+    write_shards,
+)
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 _BY_EXPERT = ("rank", "xi", "true_xi")
@@ -61,6 +72,7 @@ def apply_to_run(
     config = rewrite(plan.result)
     left_out: list[str] = []
     outputs = [*_weights(manifest, places, plan), *_state(manifest, places, plan, left_out)]
+    check_outputs(outputs, transform)
     shards = divide(_in_chunks(sorted(outputs, key=in_order), shard_bytes), shard_bytes)
     folder = f"{CHECKPOINTS}/step-{manifest.step:08d}"
     files = dict(zip(shard_files(len(shards)), shards, strict=True))

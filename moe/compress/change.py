@@ -8,7 +8,7 @@ of a tensor's place, never of a part of its name, so that a router stays as it i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .places import Place
 from .plan import DropPlan, Slim
 from .profile import Profile
 from .slim import ExpertSums, slim
+from .sparsegpt import check_pattern
 
 __all__ = ["WeightChange", "weight_change"]
 
@@ -67,6 +68,18 @@ class WeightChange:
             )
         try:
             return self._changed(place, name, weight_OI)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def check(self, place: Place, name: str, shape: Sequence[int]) -> None:
+        """Raises ValueError where matrices, or a stack of them, of that shape [..., O, I] cannot be changed so."""
+        if not place.is_linear:
+            return
+        try:
+            if self._plan.slim and place.part in ("expert", "experts"):
+                check_pattern(shape[-1], self._plan.slim.pattern)
+            if self._plan.quantize:
+                quantize.check_groups(shape[-1], self._plan.quantize)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 

@@ -21,12 +21,23 @@ from .cut import Fate
 from .partial import Partial
 from .places import Place
 
-__all__ = ["OpenFiles", "Output", "Transform", "divide", "in_order", "output", "take_rows", "write_shards"]
+__all__ = [
+    "OpenFiles",
+    "Output",
+    "Transform",
+    "check_outputs",
+    "divide",
+    "in_order",
+    "output",
+    "take_rows",
+    "write_shards",
+]
 
 Transform = Callable[[Place, str, Tensor], Mapping[str, Tensor]]
 """Slims or quantizes one matrix [rows, columns] of a linear layer that stays: its place in the source, its name in the
 target, its values -> tensors by name. Stacks of experts come one matrix at a time, each with its number. Where the plan
-does not say all, its attribute `rests_on` names what else the result follows from."""
+does not say all, its attribute `rests_on` names what else the result follows from; `check(place, name, shape)`, where it
+has that, raises ValueError for what it cannot change, a whole stack at once, before anything is written."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,14 @@ def divide(outputs: Iterable[Output], shard_bytes: int) -> list[list[Output]]:
         shards[-1].append(each)
         held += each.num_bytes
     return shards
+
+
+def check_outputs(outputs: Iterable[Output], transform: Transform | None) -> None:
+    """Raises ValueError where `transform` says that it cannot change one of them."""
+    check = getattr(transform, "check", None)
+    for each in outputs if check is not None else ():
+        if each.place is not None:
+            check(each.place, each.name, each.whole)
 
 
 def write_shards(

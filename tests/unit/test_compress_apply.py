@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from wastenot.moe.compress.apply import apply_plan
+from wastenot.moe.compress.change import weight_change
 from wastenot.moe.compress.compose import compose
 from wastenot.moe.compress.fingerprint import checkpoint_fingerprint
 from wastenot.moe.compress.places import FAMILIES, Place
@@ -650,6 +651,24 @@ def test_the_command_slims_and_quantizes_by_the_plan(
     capsys.readouterr()
     assert main(["compress", "apply", str(source), str(tmp_path / "wanda.yaml"), str(tmp_path / "other")]) == 2
     assert "wanda needs the profile that the plan was made with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ({"quantize": Quantize(bits=4, group=16)}, "group: 16 does not divide the 24 inputs of a weight; use bits: 8"),
+        ({"slim": Slim(method="magnitude", pattern="2:4")}, "pattern: 2:4 does not fit rows of 18 inputs"),
+    ],
+)
+def test_matrices_that_cannot_be_changed_are_refused_before_anything_is_written(
+    what: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    width = 24 if "quantize" in what else 18
+    source = save_stock("olmoe", tmp_path / "source", intermediate_size=width)
+    plan = plan_of(source, **what)
+    with pytest.raises(ValueError, match=message):
+        apply_plan(source, tmp_path / "target", plan, transform=weight_change(plan), shard_bytes=4096)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_what_is_in_few_bits_is_refused(stock: dict[str, Path], tmp_path: Path) -> None:
