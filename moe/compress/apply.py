@@ -84,8 +84,8 @@ def apply_plan(
     progress: hears (bytes done, bytes in all).
 
     Raises ValueError, and writes nothing, where the plan was made for another checkpoint, a tensor is unknown,
-    missing or cut short, of a shape that `transform` cannot change, or `target` exists; OSError where it cannot be written. A target that was begun by a process
-    that ended is continued.
+    missing, cut short or of a shape that `transform` cannot change, or `target` exists; OSError where it cannot be
+    written. A target that was begun by a process that ended is continued.
     """
     source, target = Path(source), Path(target)
     check_target(target)

@@ -19,7 +19,9 @@ def compose(first: DropPlan, second: DropPlan) -> DropPlan:
         raise ValueError("quantize: nothing can be cut from what is quantized; quantize in the second plan instead")
     if second.slim or (second.quantize and second.profile):
         what = "slim" if second.slim else "quantize"
-        raise ValueError(f"{what}: the second plan rests on a profile of what the first leaves; apply one after the other")
+        raise ValueError(
+            f"{what}: the second plan rests on a profile of what the first leaves; apply one after the other"
+        )
     old = first.survivors
     blocks = {*first.blocks, *(old[block] for block in second.blocks)}
     layers = ({*first.layers} - blocks) | {old[layer] for layer in second.layers}

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from .export_config import MAY_BE_DENSE, rewritten
 from .export_quantized import quantization_config
 from .export_source import EXPORTED, Lazy, Source, check_source, zeros
 from .families import MODULES
-from .partial import check_target
+from .partial import Partial, check_target
 from .places import places_of
 from .reexpress import REEXPRESSED, as_qwen2_moe
 
@@ -73,7 +72,8 @@ def export(
     stub_width: int | None = None,
     shard_bytes: int = _SHARD_BYTES,
 ) -> Exported:
-    """Writes `source` to the folder `target`, which appears when it is complete.
+    """Writes `source` to the folder `target`, which appears when it is complete; goes on where a process before this
+    one was interrupted.
 
     allow_zeroed: write layers that the family cannot do without as experts of zeros; stub_width: hidden units of
     dense networks of zeros, where the model leaves that free (None: 128, which groups of quantization and tensor ranks
@@ -88,39 +88,25 @@ def export(
     _check_counts(source)
     route = _route(source, loader, allow_zeroed, stub_width)
     check_source(route.source)
-    partial = target.with_name(f".{target.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        done = _write(partial, route, source, shard_bytes)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return replace(done, target=str(target))
+    identity = {
+        "source": source.fingerprint,
+        "loader": loader,
+        "allow_zeroed": allow_zeroed,
+        "stub_width": stub_width,
+        "shard_bytes": shard_bytes,
+    }
+    return _write(Partial(target, identity, "export"), route, source, shard_bytes)
 
 
-def _write(folder: Path, route: _Route, source: Source, shard_bytes: int) -> Exported:
+def _write(partial: Partial, route: _Route, source: Source, shard_bytes: int) -> Exported:
     written = route.source
     dense = {*written.shape.dense, *route.stubs}
     config = rewritten(written.config, written.family, written.shape, written.origin, dense, route.width)
     tensors = {**written.weights, **dict(_fillers(route))}
     if written.few:
         config["quantization_config"] = quantization_config(*written.few, _whole_modules(tensors))
-    parameters, size = _write_shards(folder, tensors, shard_bytes)
-    done = Exported(
-        target=str(folder),
-        family=written.family,
-        parameters=parameters,
-        bytes=size,
-        stubs=route.stubs,
-        zeroed=route.zeroed,
-        width=_stub_width(route),
-    )
-    _write_json(folder / CONFIG, config)
+    parameters, size = _write_shards(partial, tensors, shard_bytes)
+    partial.add(CONFIG, _json(config))
     about = {
         "version": 1,
         "from": source.family,
@@ -130,10 +116,19 @@ def _write(folder: Path, route: _Route, source: Source, shard_bytes: int) -> Exp
         "stubs": list(route.stubs),
         "zeroed": list(route.zeroed),
     }
-    _write_json(folder / EXPORTED, about)
+    partial.add(EXPORTED, _json(about))
     for path in source.companions:
-        shutil.copyfile(path, folder / path.name)
-    return done
+        partial.copy(path, path.name)
+    partial.complete()
+    return Exported(
+        target=str(partial.target),
+        family=written.family,
+        parameters=parameters,
+        bytes=size,
+        stubs=route.stubs,
+        zeroed=route.zeroed,
+        width=_stub_width(route),
+    )
 
 
 def _check_counts(source: Source) -> None:
@@ -247,34 +242,41 @@ def _fillers(route: _Route) -> Iterator[tuple[str, Lazy]]:
                 yield other, zeros(source.weights[name].shape, dtype)
 
 
-def _write_shards(folder: Path, tensors: Mapping[str, Lazy], shard_bytes: int) -> tuple[int, int]:
+def _write_shards(partial: Partial, tensors: Mapping[str, Lazy], shard_bytes: int) -> tuple[int, int]:
     """Writes safetensors of up to `shard_bytes` (or one tensor), and their index; returns (elements, bytes)."""
-    parameters = size = held = 0
+    left = sorted(tensors, key=_natural)
+    notes: list[dict[str, Any]] = []
+    while left:
+        file = f"{len(notes)}.safetensors"
+        if file not in partial.finished:
+            ahead = {name: tensors[name] for name in left}
+            partial.write(file, lambda path, ahead=ahead: _write_shard(path, ahead, shard_bytes))
+        notes.append(partial.finished[file])
+        left = left[notes[-1]["weights"] :]
+    # How many there are was not known before.
+    names = [WEIGHTS] if len(notes) == 1 else list(_file_names(len(notes)))
+    for number, name in enumerate(names):
+        (partial.path / f"{number}.safetensors").rename(partial.path / name)
+    size = sum(note["bytes"] for note in notes)
+    if len(notes) > 1:
+        weight_map = {tensor: name for name, note in zip(names, notes, strict=True) for tensor in note["tensors"]}
+        partial.add(INDEX, _json({"metadata": {"total_size": size}, "weight_map": weight_map}))
+    return sum(note["elements"] for note in notes), size
+
+
+def _write_shard(path: Path, tensors: Mapping[str, Lazy], shard_bytes: int) -> dict[str, Any]:
+    """Writes the first of `tensors`, as many as fit; returns how many, and what the file holds."""
     shard: dict[str, Tensor] = {}
-    shards: list[list[str]] = []
-
-    def flush() -> None:
-        save_file(shard, folder / f"{len(shards)}.partial", {"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
-
-    for name in sorted(tensors, key=_natural):
-        lazy = tensors[name]
+    weights = size = elements = 0
+    for name, lazy in tensors.items():
         parts = lazy.packed(name) if lazy.packed else {name: lazy.read().contiguous()}
         num_bytes = sum(part.numel() * part.element_size() for part in parts.values())
-        if shard and held + num_bytes > shard_bytes:
-            flush()
-            held = 0
+        if shard and size + num_bytes > shard_bytes:
+            break
         shard |= parts
-        held, size, parameters = held + num_bytes, size + num_bytes, parameters + prod(lazy.shape)
-    flush()
-    names = [WEIGHTS] if len(shards) == 1 else list(_file_names(len(shards)))
-    for number, name in enumerate(names):
-        (folder / f"{number}.partial").rename(folder / name)
-    if len(shards) > 1:
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    return parameters, size
+        weights, size, elements = weights + 1, size + num_bytes, elements + prod(lazy.shape)
+    save_file(shard, path, {"format": "pt"})
+    return {"weights": weights, "tensors": list(shard), "bytes": size, "elements": elements}
 
 
 def _whole_modules(tensors: Mapping[str, Lazy]) -> list[str]:
@@ -295,5 +297,5 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"

@@ -18,6 +18,7 @@ from ..decoder import Decoder
 from ..layer import MoELayer
 from .export_config import check_config
 from .export_quantized import packed_tensors
+from .fingerprint import stock_fingerprint
 from .places import Place, places_of
 from .plan import Shape
 from .shapes import shape_of_model
@@ -48,6 +49,8 @@ class Source:
 
     where: str
     """For messages."""
+    fingerprint: str
+    """Of the checkpoint."""
     family: str
     """A `model_type`; `deepseek`, whose models need remote code, is only ever exported as another."""
     config: Mapping[str, Any]
@@ -99,6 +102,7 @@ def open_folder(folder: Path | str) -> Source:
             weights[name], few = _few_bits(stored, tensors, name, dtype)
     return Source(
         where=str(folder),
+        fingerprint=stock_fingerprint(stock),
         family=stock.family,
         config=stock.config,
         shape=stock.shape,
@@ -130,11 +134,19 @@ def _few_bits(
 
 
 def from_decoder(
-    model: Decoder, router: RouterConfig, where: Path, *, max_positions: int, end_token: int | None, tokenizer: Path
+    model: Decoder,
+    router: RouterConfig,
+    where: Path,
+    *,
+    fingerprint: str,
+    max_positions: int,
+    end_token: int | None,
+    tokenizer: Path,
 ) -> Source:
     """A model of ours in this process, whole, as a checkpoint of the family that can say it.
 
-    max_positions, end_token: see `config_to_huggingface`; tokenizer: folder of the tokenizer's files.
+    fingerprint: of its checkpoint; max_positions, end_token: see `config_to_huggingface`; tokenizer: folder of the
+        tokenizer's files.
     Raises ValueError where no family can.
     """
     config, family = _said_by_family(model.config, router)
@@ -148,6 +160,7 @@ def from_decoder(
     dtype = model.embedding.weight.dtype
     return Source(
         where=str(where),
+        fingerprint=fingerprint,
         family=family,
         config=said | {"torch_dtype": str(dtype).removeprefix("torch.")},
         shape=shape_of_model(model.config, router),

@@ -1,8 +1,8 @@
 """A folder that is written file by file, survives a kill, and appears under its name when it is complete.
 
-It grows as `.NAME.partial`. A journal in it names what it is being made of and every file that is finished, forced to
-the disk before the journal says so. Whoever makes the same thing again goes on behind the last finished file; what
-was to become something else is thrown away.
+It grows as `.NAME.partial`, or with another ending where it is made in another way. A journal in it names what it is
+being made of and every file that is finished, forced to the disk before the journal says so. Whoever makes the same
+thing again goes on behind the last finished file; what was to become something else is thrown away.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def check_target(target: Path) -> None:
 class Partial:
     """The folder that will be `target`."""
 
-    def __init__(self, target: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, target: Path, identity: Mapping[str, Any], ending: str = "partial") -> None:
         """Goes on with what is there of the same `identity` (JSON), or begins. Raises OSError where that fails."""
         self.target = target
-        self.path = target.with_name(f".{target.name}.partial")
+        self.path = target.with_name(f".{target.name}.{ending}")
         self.finished: dict[str, Any] = {}
         """Name of each finished file -> what was noted of it."""
         said = json.loads(json.dumps(dict(identity)))

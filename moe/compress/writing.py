@@ -36,8 +36,8 @@ __all__ = [
 Transform = Callable[[Place, str, Tensor], Mapping[str, Tensor]]
 """Slims or quantizes one matrix [rows, columns] of a linear layer that stays: its place in the source, its name in the
 target, its values -> tensors by name. Stacks of experts come one matrix at a time, each with its number. Where the plan
-does not say all, its attribute `rests_on` names what else the result follows from; `check(place, name, shape)`, where it
-has that, raises ValueError for what it cannot change, a whole stack at once, before anything is written."""
+does not say all, its attribute `rests_on` names what else the result follows from; its `check(place, name, shape)`, if
+there is one, hears of all of it before anything is written, of stacks as a whole: ValueError for what cannot be."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def divide(outputs: Iterable[Output], shard_bytes: int) -> list[list[Output]]:
 def check_outputs(outputs: Iterable[Output], transform: Transform | None) -> None:
     """Raises ValueError where `transform` says that it cannot change one of them."""
     check = getattr(transform, "check", None)
-    for each in outputs if check is not None else ():
-        if each.place is not None:
+    for each in outputs:
+        if check is not None and each.place is not None:
             check(each.place, each.name, each.whole)
 
 

@@ -281,7 +281,9 @@ def test_weights_in_few_bits_leave_all_state_behind(runs: dict[str, Path], tmp_p
 def test_what_cannot_be_grouped_is_refused_before_anything_is_written(runs: dict[str, Path], tmp_path: Path) -> None:
     """Attention and the first matrices of experts have 32 inputs, those behind have 48 and 16."""
     plan = plan_of(runs["adamw"], quantize=Quantize(bits=4, group=32))
-    with pytest.raises(ValueError, match=r"blocks\.\d\.ffn\.\S+: group: 32 does not divide the (48|16) inputs .*; use 16"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.\d\.ffn\.\S+: group: 32 does not divide the (48|16) inputs .*; use 16"
+    ):
         apply_plan(runs["adamw"], tmp_path / "target", plan, transform=weight_change(plan), shard_bytes=6000)
     assert not list(tmp_path.iterdir())
 

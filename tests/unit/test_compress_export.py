@@ -33,6 +33,7 @@ from wastenot.moe.compress.change import weight_change
 from wastenot.moe.compress.export import Exported, export
 from wastenot.moe.compress.export_source import from_decoder, open_folder
 from wastenot.moe.compress.fingerprint import checkpoint_fingerprint
+from wastenot.moe.compress.partial import Partial
 from wastenot.moe.compress.plan import DropPlan, Quantize
 from wastenot.moe.compress.shapes import shape_of_model
 from wastenot.moe.compress.stored import read_stock
@@ -474,14 +475,50 @@ def test_export_holds_one_shard_in_memory_and_keeps_what_goes_with_it(base, tmp_
     assert not (folder / "compressed.json").exists()
 
 
-def test_a_failed_export_leaves_nothing(base, tmp_path, monkeypatch):
-    def full(*args: Any) -> None:
-        raise OSError("no space left")
+def test_an_interrupted_export_goes_on_and_touches_no_interrupted_apply(base, tmp_path, monkeypatch):
+    stock = base("qwen2_moe")
+    whole = exported(stock, tmp_path, BLOCKS, shard_bytes=10_000)
+    source, written = open_folder(tmp_path / "applied"), []
 
-    monkeypatch.setattr(export_module, "save_file", full)
+    def until_full(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) -> None:
+        if len(written) == 2:
+            raise OSError("no space left")
+        written.append(path.name)
+        save_file(tensors, path, about)
+
+    (tmp_path / ".target.partial").mkdir()
+    monkeypatch.setattr(export_module, "save_file", until_full)
     with pytest.raises(OSError, match="no space"):
-        exported(base("mixtral"), tmp_path, BLOCKS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["applied"]
+        export(source, tmp_path / "target", shard_bytes=10_000)
+    assert not (tmp_path / "target").exists()
+    stamps = {(tmp_path / ".target.export" / name).stat().st_ino for name in written}
+    monkeypatch.setattr(export_module, "save_file", save_file)
+    again = export(source, tmp_path / "target", shard_bytes=10_000)
+    assert replace(again, target="") == replace(whole, target="")
+    made, expected = (sorted((tmp_path / name).iterdir()) for name in ("target", "exported"))
+    assert [path.name for path in made] == [path.name for path in expected]
+    assert [path.read_bytes() for path in made] == [path.read_bytes() for path in expected]
+    assert stamps <= {path.stat().st_ino for path in made}, "written once"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".target.partial", "applied", "exported", "target"]
+
+
+def test_what_another_export_began_is_thrown_away(base, tmp_path, monkeypatch):
+    applied(base("qwen2_moe"), tmp_path / "applied", **BLOCKS)
+    source = open_folder(tmp_path / "applied")
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Partial, "complete", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export(source, tmp_path / "target", shard_bytes=10_000)
+    monkeypatch.undo()
+    export(source, tmp_path / "target")
+    assert sorted(path.name for path in (tmp_path / "target").glob("*safetensors*")) == ["model.safetensors"]
+
+
+def test_a_target_that_holds_something_is_refused(base, tmp_path):
+    applied(base("mixtral"), tmp_path / "applied", **BLOCKS)
     with pytest.raises(ValueError, match="exists; name a new folder"):
         export(open_folder(tmp_path / "applied"), tmp_path / "applied")
 
@@ -507,7 +544,8 @@ def native(case: str, **router: Any) -> tuple[Decoder, RouterConfig]:
 
 
 def source_of(model: Decoder, router: RouterConfig, folder: Path):
-    return from_decoder(model, router, folder, max_positions=32, end_token=None, tokenizer=folder)
+    how = {"fingerprint": "of the run", "max_positions": 32, "end_token": None, "tokenizer": folder}
+    return from_decoder(model, router, folder, **how)
 
 
 @pytest.mark.parametrize("case", NATIVE)

@@ -14,7 +14,7 @@ from ...launch.saved_run import find_checkpoint, open_run, refuse_quantized
 from ...launch.units import parse_size
 from ...moe.compress.export import Exported, Loader, export
 from ...moe.compress.export_source import Source, from_decoder, open_folder
-from ...moe.compress.fingerprint import is_run
+from ...moe.compress.fingerprint import is_run, run_fingerprint
 
 HELP = "write a checkpoint that stock transformers or vLLM load, without remote code"
 EXAMPLE = """
@@ -92,6 +92,7 @@ def _opened(path: Path) -> Source:
         saved.model,
         saved.config.router,
         path,
+        fingerprint=run_fingerprint(saved.checkpoint, path),
         max_positions=saved.config.data.seq_len,
         end_token=saved.tokenizer.end_token,
         tokenizer=folder.tokenizer,
