@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..kernels.distillation import linear_distillation
+from ..moe.compress.fingerprint import run_fingerprint
 from ..moe.config import dropless
 from ..moe.decoder import Decoder
 from ..parallel import vocabulary_distillation
 from ..parallel.apply import free_gathered, parallelize
+from ..parallel.collectives import share_from_root
 from ..parallel.expert import expert_parameter_names
 from ..parallel.mesh import Mesh
 from ..parallel.training_state import load_training_state
@@ -32,6 +36,21 @@ class Teacher:
     model: Decoder
     """This rank's part of it, without gradients."""
     config: DistillConfig
+    chosen: Mapping[str, str]
+    """`checkpoint`, its folder's name, and `fingerprint`; checkpoints of the run that learns note it."""
+
+    def check_same(self, before: Mapping[str, str] | None, path: Path) -> None:
+        """Raises UserError where the run at `path` learned from another until now; `before`: what it noted, if it did.
+
+        A teacher that was trained on is another.
+        """
+        if before is None or before["fingerprint"] == self.chosen["fingerprint"]:
+            return
+        was, now = (f"{each['checkpoint']} ({each['fingerprint']})" for each in (before, self.chosen))
+        raise UserError(
+            f"train.distill.teacher: {path} learned from {was} of {self.config.teacher}, whose newest is now {now}; "
+            "put the former back, or begin in another log.dir"
+        )
 
     def loss_sums(self, student: Decoder, hidden_BSD: Tensor, tokens_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of windows `tokens_BS`, which `student` made `hidden_BSD` of: see `linear_distillation`."""
@@ -67,6 +86,7 @@ def open_teacher(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer, piece_by
             f"train.distill.teacher: {folder.path} has a vocabulary of {size}, the model one of "
             f"{config.model.vocab_size}; use model.vocab_size: {size}"
         )
+    chosen = chosen_checkpoint(folder, mesh)
     precision = config.train.precision
     with torch.device("meta"):
         model_config, router = dropless(replace(saved.model, vocab_size=size), saved.router)
@@ -75,7 +95,25 @@ def open_teacher(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer, piece_by
     parallelize(model, mesh, lambda name, tensor, generator: None, 0, weight_dtype(precision), compute_dtype(precision))
     try:
         is_expert = expert_parameter_names(model).__contains__
-        load_training_state(find_checkpoint(folder, None), model, None, mesh, is_expert)
+        load_training_state(folder.checkpoints / chosen["checkpoint"], model, None, mesh, is_expert)
     except ValueError as error:
         raise UserError(f"train.distill.teacher: {error}") from error
-    return Teacher(model.eval(), distill)
+    return Teacher(model.eval(), distill, chosen)
+
+
+def chosen_checkpoint(folder: RunFolder, mesh: Mesh) -> Mapping[str, str]:
+    """The newest checkpoint as rank 0 finds it: where the teacher still trains, others may find another.
+
+    Raises UserError on all ranks where there is none.
+    """
+    found: dict[str, str] = {}
+    if mesh.world.rank == 0:
+        try:
+            path = find_checkpoint(folder, None)
+            found = {"checkpoint": path.name, "fingerprint": run_fingerprint(path, folder.path)}
+        except (UserError, ValueError) as error:
+            found = {"error": str(error)}
+    found = share_from_root(found, mesh.world, "teacher", mesh.recorder)
+    if "error" in found:
+        raise UserError(f"train.distill.teacher: {found['error']}")
+    return found

@@ -243,6 +243,8 @@ class Trainer:
         meta: dict[str, Any] = {"progress": asdict(self.progress), "config": as_mapping(self.config)}
         if self.recompute is not None:
             meta["recompute"] = self.recompute.state()
+        if self.teacher is not None:
+            meta["teacher"] = dict(self.teacher.chosen)
         # Saving is not training: the ledger of a run that was cut elsewhere is the same.
         with self.ledger.paused():
             self.checkpoints.save(self.progress.step, state, meta)
@@ -272,6 +274,8 @@ class Trainer:
             started = "progress" in saved
             if started:
                 refuse_state_of_others(self.config.optimizer, saved.get("config", {}).get("optimizer", {}), path)
+                if self.teacher is not None:
+                    self.teacher.check_same(saved.get("teacher"), path)
             optimizer = self.optimizer if started else None
             meta = load_training_state(path, self.model, optimizer, self.mesh, self.is_expert)
         except ValueError as error:

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -21,14 +22,19 @@ from test_parallel_parity import CASES, config
 from test_shard_ranks import full, mesh_of, state_of
 
 from wastenot.kernels.distillation import naive
+from wastenot.launch import teacher as teacher_module
 from wastenot.launch.config import DistillConfig, TrainConfig
+from wastenot.launch.errors import UserError
 from wastenot.launch.freeze import freeze
 from wastenot.launch.metrics import read_metrics
 from wastenot.launch.optimizer import make_optimizer
 from wastenot.launch.precision import compute_dtype, weight_dtype
+from wastenot.launch.run_folder import RunFolder
+from wastenot.launch.saved_run import find_checkpoint
 from wastenot.launch.step import make_stepper
-from wastenot.launch.teacher import Teacher
+from wastenot.launch.teacher import Teacher, chosen_checkpoint
 from wastenot.launch.zeros import keep_zeros
+from wastenot.moe.compress.fingerprint import checkpoint_fingerprint
 from wastenot.moe.config import dropless
 from wastenot.moe.decoder import build_decoder
 from wastenot.parallel import vocabulary, vocabulary_distillation
@@ -75,7 +81,7 @@ def train(rank: int, world: int, settings: TrainConfig, layout: ParallelConfig):
         moe = replace(settings.model.moe, per_layer=(), dense=())
         deeper, router = dropless(replace(settings.model, layers=5, d_model=48, moe=moe), settings.router)
         taught = build_decoder(deeper, router, mesh, seed=1, **dtypes).requires_grad_(False)
-        teacher = Teacher(taught.eval(), settings.train.distill)
+        teacher = Teacher(taught.eval(), settings.train.distill, {})
     windows = RandomTokens(settings.model.vocab_size, settings.data.seq_len)
     gradients = Gradients(model, mesh, bucket_bytes=20_000)
     stepper = make_stepper(settings, mesh, model, optimizer, gradients, windows, teacher)  # pyright: ignore[reportArgumentType]
@@ -265,6 +271,26 @@ def attending(made) -> Path:
     path.write_text(yaml.safe_dump(settings))
     finish(start(path))
     return log_dir(path)
+
+
+def choice(rank: int, world: int, run: Path):
+    """Of a teacher of which ranks but the first see a later checkpoint."""
+
+    def found(folder: RunFolder, step: int | None) -> Path:
+        return folder.checkpoints / "step-00000099" if rank else find_checkpoint(folder, step)
+
+    with patch.object(teacher_module, "find_checkpoint", found):
+        try:
+            return chosen_checkpoint(RunFolder(run), mesh_of(ParallelConfig(data=world)))
+        except UserError as error:
+            return str(error)
+
+
+def test_all_ranks_learn_from_the_checkpoint_that_the_first_one_finds(attending, tmp_path):
+    one, other = run_ranks(2, choice, attending)
+    assert one == other == {"checkpoint": "step-00000004", "fingerprint": checkpoint_fingerprint(attending)}
+    one, other = run_ranks(2, choice, tmp_path)
+    assert one == other and "has no complete checkpoint" in one
 
 
 def test_weights_stubs_and_teachers_are_laid_out_over_any_ranks(attending, tmp_path):

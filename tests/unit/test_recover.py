@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -118,6 +119,25 @@ def test_an_interrupted_recovery_goes_on_bit_for_bit(home, tmp_path):
     names = ("val_loss", "start_val_loss", "teacher_val_loss")
     assert [again[name] for name in names] == [done[name] for name in names]
     assert not changed(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_teacher_that_was_trained_on_is_another(home, tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(home / "dense", teacher)
+    arguments = ["--teacher", str(teacher), "--steps", "4"]
+    recover(home, tmp_path / "run", *arguments)
+    shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))
+    before = losses(tmp_path / "run")
+    assert main(["train", str(teacher / "config.yaml"), "-s", f"log.dir={teacher}", "-s", "train.steps=81"]) == 0
+    capsys.readouterr()
+    recover(home, tmp_path / "run", *arguments, expected=2)
+    [said] = capsys.readouterr().err.splitlines()
+    assert re.search(
+        r"learned from step-00000080 \(\w+\) of .*, whose newest is now step-00000081 .* another log.dir", said
+    )
+    shutil.rmtree(teacher / "checkpoints" / "step-00000081")
+    recover(home, tmp_path / "run", *arguments)
+    assert losses(tmp_path / "run") == before
 
 
 def of_norms(name: str) -> bool:
