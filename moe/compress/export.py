@@ -95,16 +95,18 @@ def export(
         "stub_width": stub_width,
         "shard_bytes": shard_bytes,
     }
-    return _write(Partial(target, identity, "export"), route, source, shard_bytes)
+    return _write(target, identity, route, source, shard_bytes)
 
 
-def _write(partial: Partial, route: _Route, source: Source, shard_bytes: int) -> Exported:
+def _write(target: Path, identity: Mapping[str, Any], route: _Route, source: Source, shard_bytes: int) -> Exported:
     written = route.source
     dense = {*written.shape.dense, *route.stubs}
     config = rewritten(written.config, written.family, written.shape, written.origin, dense, route.width)
     tensors = {**written.weights, **dict(_fillers(route))}
     if written.few:
         config["quantization_config"] = quantization_config(*written.few, _whole_modules(tensors))
+    # Only now: the configuration may have refused.
+    partial = Partial(target, identity, "export")
     parameters, size = _write_shards(partial, tensors, shard_bytes)
     partial.add(CONFIG, _json(config))
     about = {
@@ -121,7 +123,7 @@ def _write(partial: Partial, route: _Route, source: Source, shard_bytes: int) ->
         partial.copy(path, path.name)
     partial.complete()
     return Exported(
-        target=str(partial.target),
+        target=str(target),
         family=written.family,
         parameters=parameters,
         bytes=size,
