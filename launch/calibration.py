@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..moe.compress.calibration import Calibration, padded
+from ..moe.compress.fingerprint import is_run
 from .config import DataConfig
 from .corpus import prepare
 from .documents import read_documents
@@ -18,11 +19,6 @@ from .shards import Split, TokenShards
 from .tokenizer import FILE_NAME, load_tokenizer
 
 __all__ = ["calibration", "documents", "is_run"]
-
-
-def is_run(checkpoint: Path) -> bool:
-    """Whether `checkpoint` is a run of ours; else it should be a Hugging Face folder."""
-    return RunFolder(checkpoint).config.is_file()
 
 
 def calibration(

@@ -47,7 +47,7 @@ _NEXT_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers", "num_nextn_layers"
 def check_config(config: Mapping[str, Any], where: str) -> None:
     """Raises ValueError where `config` says what stock models of our families do not do, or do in silence wrongly."""
     if config.get("quantization_config") is not None:
-        raise ValueError(f"{where}: quantization_config: its weights are quantized already; export the whole ones")
+        raise ValueError(f"{where}: quantization_config: others quantized its weights; give the model in bf16 or fp32")
     if config.get("per_layer_config"):
         raise ValueError(
             f"{where}: per_layer_config: {config['per_layer_config']!r} changes no module of stock models, which would "

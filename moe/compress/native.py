@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...parallel.chunks import read_tensor
 from ...parallel.manifest import check_complete, read_manifest, some
 from ..attention import Attention, rotary_table
-from ..config import ModelConfig, RectifyConfig, RouterConfig
+from ..config import ModelConfig, RouterConfig, dropless
 from ..feedforward import SwiGLU
 from ..norm import RMSNorm
 from ..router import TopKRouter
@@ -99,7 +99,7 @@ class NativeModel:
         if router.kind != "learned":
             raise ValueError(f"router.kind: {router.kind} ignores the tokens; only learned routers tell experts apart")
         self.config, self.path, self.device = config, Path(checkpoint), torch.device(device)
-        self._router, self._manifest = router, read_manifest(self.path)
+        self._router, self._manifest = dropless(config, router)[1], read_manifest(self.path)
         check_complete(self.path, self._manifest)
         self.shape = shape_of_model(config, router)
         self.d_model, self.vocab_size = config.d_model, config.vocab_size
@@ -207,16 +207,8 @@ class NativeModel:
     def _parts(self, number: int, num_experts: int, feed: bool) -> _Parts:
         """On meta: the layer with a router of so many experts; without `feed`, what attends."""
         top_k = min(self.shape.top_k, most_choices(num_experts, self.shape)) if num_experts else self.shape.top_k
-        # Dropless and without noise. With one choice left the gradient has no meaning, and the same weight.
-        router = replace(
-            self._router,
-            top_k=top_k,
-            detach=True,
-            capacity_factor=None,
-            rectify=RectifyConfig(),
-            emulate=None,
-            jitter=0.0,
-        )
+        # With one choice left the gradient has no meaning, and the same weight.
+        router = replace(self._router, top_k=top_k, detach=True)
         with torch.device("meta"):
             return _Parts(self.config, router, number, num_experts, feed and self.config.has_ffn(number))
 

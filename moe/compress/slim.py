@@ -16,7 +16,7 @@ from torch import Tensor
 from . import sparsegpt
 from .plan import Pattern, Slim
 
-__all__ = ["ExpertSums", "kept", "slim", "slim_experts"]
+__all__ = ["ExpertSums", "kept", "slim"]
 
 
 def kept(scores: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
@@ -94,18 +94,6 @@ class ExpertSums:
             mean = (total if total.dim() == 1 else total.diagonal()).mean().item()
             self._pools[which] = _even(total, mean) if which == "hidden" else total
         return self._pools[which]
-
-
-def slim_experts(
-    gate_up_e2FD: Tensor, down_eDF: Tensor, how: Slim, sums: ExpertSums | None = None
-) -> tuple[Tensor, Tensor]:
-    """The experts of one layer, slimmed. Raises ValueError where `how` needs `sums`."""
-
-    def slimmed(stack: Tensor, weight: str) -> Tensor:
-        needed = sums if how.method != "magnitude" else None
-        return torch.stack([slim(each, how, needed and needed(e, weight)) for e, each in enumerate(stack)])
-
-    return slimmed(gate_up_e2FD, "gate_up"), slimmed(down_eDF, "down")
 
 
 def _masked(weight: Tensor, scores: Tensor, how: Slim) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...parallel.manifest import some
 from ..adapters.huggingface import StoredWeights
+from .export_config import check_config
 from .families import MODULES, FamilyModules
 from .fingerprint import stock_fingerprint
 from .places import Place, name_of, places_of
@@ -272,10 +273,7 @@ class StockModel:
 def _check_config(stock: StockFolder) -> None:
     """Raises ValueError where the configuration asks for what is not computed here, or the layers are not its own."""
     config, file = stock.config, stock.config_file
-    if config.get("quantization_config") is not None:
-        raise ValueError(f"{file}: quantization_config: others quantized the weights; give the model in bf16 or fp32")
-    if config.get("per_layer_config"):
-        raise ValueError(f"{file}: per_layer_config: makes layers differ, which transformers ignores; remove it")
+    check_config(config, str(file))
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"{file}: hidden_act: {config['hidden_act']!r} is not the 'silu' of SwiGLU experts")
     base, shape = shape_of_config(config), stock.shape

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wastenot.moe.compress.plan import Method, Pattern, Slim
-from wastenot.moe.compress.slim import ExpertSums, kept, slim, slim_experts
+from wastenot.moe.compress.slim import ExpertSums, kept, slim
 from wastenot.moe.compress.sparsegpt import prune, sweep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -162,6 +162,10 @@ def expert_sums(method: Method, x_eIN: list[Tensor], h_eFN: list[Tensor]) -> Exp
     return ExpertSums(torch.tensor([x.size(1) for x in x_eIN]), inputs.__getitem__, hidden.__getitem__)  # type: ignore[arg-type]
 
 
+def slimmed(stack: Tensor, weight: str, how: Slim, sums: ExpertSums | None) -> Tensor:
+    return torch.stack([slim(each, how, sums and sums(expert, weight)) for expert, each in enumerate(stack)])
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("method", METHODS)
 def test_d6_experts_are_slimmed_by_their_own_tokens_and_one_without_by_its_layers(
@@ -173,7 +177,7 @@ def test_d6_experts_are_slimmed_by_their_own_tokens_and_one_without_by_its_layer
     h = [correlated(16, 200, seed + 9)[:, :count] for seed, count in enumerate(tokens)]
     how = Slim(method=method, pattern=pattern)
     sums = expert_sums(method, x, h)
-    new_gate_up, new_down = slim_experts(gate_up, down, how, sums)
+    new_gate_up, new_down = slimmed(gate_up, "gate_up", how, sums), slimmed(down, "down", how, sums)
     for new, old in ((new_gate_up, gate_up), (new_down, down)):
         assert new.isfinite().all()
         assert ((new == 0).sum((1, 2)) == old[0].numel() // 2).all()
@@ -210,8 +214,9 @@ def test_a_layer_that_saw_no_token_is_slimmed_by_magnitude(method: Method) -> No
     gate_up, down, how = drawn(2, 8, 16), drawn(2, 16, 8), Slim(method=method, pattern="2:4")
     none = [torch.zeros(16, 0, dtype=torch.float64)] * 2
     empty = expert_sums(method, none, [each[:8] for each in none])
-    found = slim_experts(gate_up, down, how, empty)
-    torch.testing.assert_close(found, slim_experts(gate_up, down, Slim(method="magnitude", pattern="2:4")))
+    magnitude = Slim(method="magnitude", pattern="2:4")
+    for stack, weight in ((gate_up, "gate_up"), (down, "down")):
+        torch.testing.assert_close(slimmed(stack, weight, how, empty), slimmed(stack, weight, magnitude, None))
 
 
 def test_what_is_missing_or_no_number_is_refused() -> None:
@@ -228,5 +233,3 @@ def test_what_is_missing_or_no_number_is_refused() -> None:
         slim(weight * torch.nan, Slim(method="magnitude"))
     with pytest.raises(ValueError, match="what is no number"):
         slim(weight, Slim(method="sparsegpt"), torch.full((6, 6), torch.nan))
-    with pytest.raises(ValueError, match="wanda needs sums of the inputs"):
-        slim_experts(weight[None], weight[None], Slim(method="wanda"))

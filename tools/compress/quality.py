@@ -19,6 +19,7 @@ from ...launch.streamed import open_streamed
 from ...moe.compress.calibration import Calibration
 from ...moe.compress.evaluate import Evaluator, Quality
 from ...moe.compress.forward import run_layers
+from ...moe.compress.placement import imbalance
 from ...moe.compress.plan import DropPlan
 from ...moe.compress.profile import Profile
 from .speed import Speed, compare, of_decoder
@@ -128,6 +129,4 @@ def kept_units(plan: DropPlan) -> set[tuple[int, int]]:
 
 def busiest(load: Sequence[float], ranks: int) -> float:
     """Load of the busiest of `ranks` equal consecutive shares, over the mean."""
-    size = len(load) // ranks
-    shares = [sum(load[rank * size : (rank + 1) * size]) for rank in range(ranks)]
-    return max(shares) / max(1e-12, sum(shares) / ranks)
+    return imbalance(load, range(len(load)), ranks)
