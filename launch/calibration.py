@@ -18,7 +18,7 @@ from .run_folder import RunFolder
 from .shards import Split, TokenShards
 from .tokenizer import FILE_NAME, load_tokenizer
 
-__all__ = ["calibration", "documents", "is_run"]
+__all__ = ["calibration", "documents"]
 
 
 def calibration(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.distillation import linear_distillation
-from ..moe.compress.fingerprint import run_fingerprint
 from ..moe.config import dropless
 from ..moe.decoder import Decoder
 from ..parallel import vocabulary_distillation
 from ..parallel.apply import free_gathered, parallelize
 from ..parallel.collectives import share_from_root
 from ..parallel.expert import expert_parameter_names
+from ..parallel.manifest import FILE
 from ..parallel.mesh import Mesh
 from ..parallel.training_state import load_training_state
 from ..parallel.vocabulary import spread_targets
@@ -110,10 +111,15 @@ def chosen_checkpoint(folder: RunFolder, mesh: Mesh) -> Mapping[str, str]:
     if mesh.world.rank == 0:
         try:
             path = find_checkpoint(folder, None)
-            found = {"checkpoint": path.name, "fingerprint": run_fingerprint(path, folder.path)}
+            found = {"checkpoint": path.name, "fingerprint": _identity(path)}
         except (UserError, ValueError) as error:
             found = {"error": str(error)}
     found = share_from_root(found, mesh.world, "teacher", mesh.recorder)
     if "error" in found:
         raise UserError(f"train.distill.teacher: {found['error']}")
     return found
+
+
+def _identity(checkpoint: Path) -> str:
+    """Of what a checkpoint holds: its manifest has a sum of every tensor."""
+    return hashlib.sha256((checkpoint / FILE).read_bytes()).hexdigest()[:16]

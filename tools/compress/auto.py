@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ...launch.calibration import is_run
 from ...launch.compressed_run import apply_plan
 from ...launch.console import RunConsole
 from ...launch.errors import UserError
@@ -22,7 +21,7 @@ from ...launch.run_folder import RunFolder, write_atomically
 from ...launch.streamed import open_streamed
 from ...moe.compress.change import weight_change
 from ...moe.compress.evaluate import Evaluator
-from ...moe.compress.fingerprint import checkpoint_fingerprint
+from ...moe.compress.fingerprint import checkpoint_fingerprint, is_run
 from ...moe.compress.plan import DropPlan, read_plan, write_plan
 from ...moe.compress.profile import Profile, ProfileConfig, measure, profile
 from . import recover

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...launch.calibration import is_run
 from ...launch.saved_run import open_run
 from ...launch.streamed import open_streamed
 from ...moe.compress.calibration import Calibration
 from ...moe.compress.evaluate import Evaluator, Quality
+from ...moe.compress.fingerprint import is_run
 from ...moe.compress.forward import run_layers
 from ...moe.compress.placement import imbalance
 from ...moe.compress.plan import DropPlan

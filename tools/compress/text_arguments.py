@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ...launch.calibration import calibration, documents, is_run
+from ...launch.calibration import calibration, documents
 from ...launch.shards import Split
 from ...moe.compress.calibration import Calibration
+from ...moe.compress.fingerprint import is_run
 
 SELF = "self"
 
