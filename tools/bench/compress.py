@@ -17,7 +17,7 @@ from ...launch.streamed import open_streamed
 from ...moe.compress.choose import empty_plan
 from ...moe.compress.cost import bytes_of, parameters_of
 from ...moe.compress.evaluate import Evaluator, Quality
-from ...moe.compress.plan import Quantize, Slim
+from ...moe.compress.plan import DropPlan, Quantize, Slim
 from ...moe.compress.profile import ProfileConfig, profile
 from ..compress.quality import judged, kept, stored, unigram_accuracy
 from . import compress_speed
@@ -121,7 +121,7 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
 
     say("speeds")
     four = next(row for row in rows if row["case"] == "4 bits")
-    layers_plan = next(c.plan for c in layer_choices(source, "layers", counts[-1], 0, say) if c.method == PLANNER)
+    layers_plan = measure.planned[f"{counts[-1]} layers"]
     runs = {
         "whole": run,
         f"{counts[-1]} layers": made(run, "layers", layers_plan, found),
@@ -142,6 +142,7 @@ def run(*, quick: bool, command: str, say: Callable[[str], None]) -> Report:
         }
         if name in runs:
             row["parameters"], row["bytes"] = stored(runs[name])
+            row["kept"] = kept(judged(runs[name], judge).accuracy, judge.whole.accuracy, unigram)
         rows.append(row)
         say(_said(row))
     return Report(
@@ -165,6 +166,8 @@ class _Measure:
 
     def __init__(self, judge: Evaluator, unigram: float, parameters: int, run: Path) -> None:
         self.judge, self.unigram, self.parameters, self.run = judge, unigram, parameters, run
+        self.planned: dict[str, DropPlan] = {}
+        """The planner's own choice, by case."""
 
     def whole(self) -> Row:
         size = stored(self.run)[1]
@@ -180,6 +183,8 @@ class _Measure:
             gone = {"blocks": list(choice.plan.blocks), "layers": list(choice.plan.layers)}
             row = self._row(choice.case, choice.method, self.judge.quality(choice.plan)) | size | gone
             rows.append(row)
+            if choice.method == PLANNER:
+                self.planned[choice.case] = choice.plan
             if not choice.method.startswith(RANDOM):
                 say(_said(row))
         return rows
@@ -254,6 +259,6 @@ def _notes(quick: bool, run: Path, tokens: int, unigram: float, whole: Quality, 
 
 
 def _said(row: Row) -> str:
-    if "kept" in row:
+    if "loss" in row:
         return f"{row['case']}, {row['method']}: loss {row['loss']:.4f}, {row['kept']:.1%} kept"
     return f"{row['method']}: reads {row['prefill_ratio']:.2f}x, writes {row['decode_ratio']:.2f}x"
