@@ -20,7 +20,7 @@ def draw_compress(rows: Sequence[Row], path: Path) -> Path | None:
     drops = [row for row in judged if any(each["case"] == row["case"] and _is_random(each) for each in judged)]
     panels = {
         "drops, beside random ones": partial(_drops, drops),
-        "bytes of the whole model": partial(_bytes, [row for row in judged if not _is_random(row)], rows[0]["bytes"]),
+        "everything, over its bytes": partial(_bytes, [row for row in judged if not _is_random(row)], rows[0]["bytes"]),
     }
     return draw_panels(path, panels, "quality kept, %", width=6.4, same_scale=False)
 
