@@ -7,6 +7,7 @@ from typing import Literal
 
 from ..moe.config import ModelConfig, RouterConfig, nearest_divisor
 from ..parallel.config import ParallelConfig, RecomputeConfig
+from .engine_config import DeepSpeedConfig, EngineName, MegatronConfig
 from .optimizer_config import OptimizerConfig
 
 
@@ -165,3 +166,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
     """Which implementation of route, dispatch, combine and grouped experts runs."""
+    engine: EngineName = "native"
+    """What trains: wastenot's own runtime, or DeepSpeed or Megatron-Core (extras of those names)."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)

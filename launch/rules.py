@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..moe.config import EmulateConfig, nearest_divisor
 from .config import TrainConfig
+from .engine_rules import ENGINE_FILE_RULES, ENGINE_RULES
 from .errors import Violation
 from .expert_counts import divides_all, fewest_of
 from .layout_rules import LAYOUT_RULES, multiples
@@ -297,6 +298,7 @@ CROSS_RULES: tuple[Rule, ...] = (
     seed_is_64_bit,
     known_vocabulary_fits,
     *RECOVERY_RULES,
+    *ENGINE_RULES,
 )
 """Hold for the configuration wherever it is read."""
 
@@ -308,6 +310,7 @@ FILE_RULES: tuple[Rule, ...] = (
     trace_fits,
     optimizer_is_installed,
     *RECOVERY_FILE_RULES,
+    *ENGINE_FILE_RULES,
 )
 """Hold on the machine that runs the configuration."""
 

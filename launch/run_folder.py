@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "checkpoint",
     "log",
     "kernels",
+    "deepspeed.json",
     "data.dir",
     "train.steps",
     "train.nproc",

@@ -3,59 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from ..kernels.backend import implementation
 from ..moe.accounts import merge
-from ..moe.decoder import Decoder, build_decoder
-from ..moe.generate import generate
 from ..moe.ledger import SLOTS, Ledger
 from ..moe.load import Loads
-from ..parallel.checkpoint import Checkpointer, newest
-from ..parallel.checkpoint import read_meta as read_checkpoint_meta
-from ..parallel.collectives import all_reduce, gather_to_root, tune_pieces
-from ..parallel.expert import expert_parameter_names
-from ..parallel.gradients import Gradients
+from ..parallel.collectives import gather_to_root, tune_pieces
 from ..parallel.mesh import Mesh
-from ..parallel.stages import Stages, lay_out
-from ..parallel.training_state import load_training_state, training_state
 from .config import TrainConfig
 from .console import RunConsole
-from .data import Samples
-from .errors import UserError, Violation, all_together
-from .evaluate import Evaluation, evaluate
-from .freeze import freeze
+from .engines.engine import Ground, make_engine
+from .errors import Violation, all_together
+from .evaluate import Evaluation
 from .layout_rules import world_rules
 from .metrics import MetricsWriter
-from .optimizer import make_optimizer
-from .optimizer_config import refuse_state_of_others
 from .optimizer_state import by_parameter, in_all, measure
-from .precision import compute_dtype, weight_dtype
 from .rules import vocabulary_rule
 from .run_folder import RunFolder
-from .saved_run import refuse_quantized
 from .settings import as_mapping
 from .shards import TokenShards, read_meta
 from .signals import StopRequest
-from .stage_sizes import layer_sizes
-from .start import load_start
-from .step import StepResult, make_stepper
+from .step import StepResult
 from .straggler import straggler
 from .summary import Summary, finish
-from .teacher import Teacher, open_teacher
 from .tokenizer import load_tokenizer
 from .watchdog import Watchdog
-from .zeros import keep_zeros
 
-if TYPE_CHECKING:
-    from .recompute_loop import RecomputeLoop
+T = TypeVar("T")
 
 
 class TrainingFailedError(RuntimeError):
@@ -102,45 +83,25 @@ class Trainer:
             torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         pieces = config.parallel.piece_bytes
         self.piece_bytes = tune_pieces(mesh) if pieces == "auto" else pieces
-        self.model: Decoder = build_decoder(
-            config.model,
-            config.router,
-            mesh,
-            seed=config.train.seed,
-            dtype=weight_dtype(config.train.precision),
-            piece_bytes=self.piece_bytes,
-            backend=config.kernels,
-            stages=stages_of(config, mesh),
-            compute_dtype=compute_dtype(config.train.precision),
-            recompute=config.recompute,
-        )
-        freeze(self.model, config.train.only)
-        self.teacher: Teacher | None = None
-        if config.train.distill is not None:
-            self.watchdog.at(0, "loading")
-            self.teacher = open_teacher(config, mesh, self.tokenizer, self.piece_bytes)
-        self.optimizer = make_optimizer(self.model, config.optimizer)
-        gradients = Gradients(self.model, mesh, config.parallel.bucket_bytes)
-        samples = Samples(self.shards, config.data.seq_len, config.train.seed)
-        self.stepper = make_stepper(config, mesh, self.model, self.optimizer, gradients, samples, self.teacher)
-        self.recompute: RecomputeLoop | None = None
-        if config.recompute.mode == "lynx":
-            # Imported here: planners take a second that others need not spend.
-            from .recompute_loop import RecomputeLoop
-
-            self.recompute = RecomputeLoop(config, mesh, self.model, self.optimizer, self.console.say)
-        self.checkpoints = Checkpointer(
-            self.folder.checkpoints, mesh, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+        self.engine = make_engine(
+            Ground(
+                config=config,
+                mesh=mesh,
+                folder=self.folder,
+                train=self.shards,
+                held_out=self.held_out,
+                tokenizer=self.tokenizer,
+                ledger=ledger,
+                watchdog=watchdog,
+                piece_bytes=self.piece_bytes,
+                say=console.say,
+            )
         )
         self.progress = Progress()
         self.saved_at: int | None = None
         self.evaluated: dict[int, Evaluation] = {}
         self.slow_ranks: set[int] = set()
-        experts = expert_parameter_names(self.model)
-        self.is_expert = lambda name: name in experts
         self._resume()
-        if config.train.keep_zeros:
-            keep_zeros(self.model, self.optimizer)
 
     def run(self) -> Summary | None:
         """Trains to the last step; None where SIGTERM ended the run early (a checkpoint is saved)."""
@@ -164,7 +125,7 @@ class Trainer:
         with self.console.following("train", config.train.steps, progress.step) as line, self._profiling() as tick:
             while progress.step < config.train.steps:
                 self.watchdog.at(progress.step, "training")
-                result = self._step(stop.requested)
+                result = self.engine.step(progress.step, progress.samples, stop.requested)
                 progress.step += 1
                 progress.samples += config.train.batch
                 in_a_row = 0 if result.applied else in_a_row + 1
@@ -178,8 +139,7 @@ class Trainer:
                     progress.seconds += now - mark
                     mark, mark_step = now, progress.step
                     numbers = self._measure(result, step_s, loads)
-                    if self.recompute is not None:
-                        self.recompute.look()
+                    self.engine.look()
                     loads = Loads(experts)
                     if metrics is not None:
                         metrics.write(**numbers)
@@ -191,7 +151,7 @@ class Trainer:
                     raise TrainingFailedError(self._why_stopped(in_a_row))
                 if result.stop_requested:
                     self.save()
-                    self.checkpoints.wait()
+                    self.engine.wait()
                     self.console.say(f"stopped by request at step {progress.step}; the same command goes on from here")
                     self._close(metrics)
                     return None
@@ -203,25 +163,12 @@ class Trainer:
                 mark += time.perf_counter() - paused  # speed is the speed of training
         return self._end(metrics)
 
-    def _step(self, stop: bool) -> StepResult:
-        done: list[StepResult] = []
-
-        def run() -> Tensor:
-            done.append(self.stepper.step(self.progress.step, self.progress.samples, stop))
-            return done[0].counts
-
-        if self.recompute is None:
-            run()
-        else:
-            self.recompute.step(run)
-        return done[0]
-
     def _end(self, metrics: MetricsWriter | None) -> Summary:
         evaluation = self.evaluated.get(self.progress.step) or self._evaluate(metrics)
         if self.saved_at != self.progress.step:
             self.save()
         self.watchdog.at(self.progress.step, "saving")
-        self.checkpoints.wait()
+        self.engine.wait()
         sample = self._sample()
         self._close(metrics)
         return finish(
@@ -231,85 +178,48 @@ class Trainer:
             asdict(self.progress),
             evaluation,
             sample,
-            self.num_parameters(),
+            self.engine.num_parameters(),
             self.config.train.batch * self.config.data.seq_len,
-            by_parameter(self.optimizer),
+            by_parameter(self.engine.optimizer),
         )
 
     def save(self) -> None:
         """Saves a checkpoint of everything that decides how the run goes on."""
         self.watchdog.at(self.progress.step, "saving")
-        state = training_state(self.model, self.optimizer, self.mesh, self.is_expert)
-        meta: dict[str, Any] = {"progress": asdict(self.progress), "config": as_mapping(self.config)}
-        if self.recompute is not None:
-            meta["recompute"] = self.recompute.state()
-        if self.teacher is not None:
-            meta["teacher"] = dict(self.teacher.chosen)
+        meta = {"progress": asdict(self.progress), "config": as_mapping(self.config)}
         # Saving is not training: the ledger of a run that was cut elsewhere is the same.
         with self.ledger.paused():
-            self.checkpoints.save(self.progress.step, state, meta)
+            self.engine.save(self.progress.step, meta)
         self.saved_at = self.progress.step
-
-    def num_parameters(self) -> int:
-        """Parameters of the whole model, those that other ranks hold included; all ranks take part."""
-        sizes = ((self.is_expert(name), p.numel()) for name, p in self.model.named_parameters())
-        here = sum(size * (self.mesh.expert.size if expert else 1) for expert, size in sizes)
-        counted = torch.tensor([here], device=self.mesh.device)
-        return int(all_reduce(counted, self.mesh.pipeline, "summary", self.mesh.recorder))
 
     def tokenizer_files(self) -> list[Path]:
         """Files that `load_tokenizer` needs."""
         return sorted(self.shards.folder.glob("tokenizer*.json"))
 
     def _resume(self) -> None:
-        path = find_checkpoint(self.config, self.checkpoints)
-        if path is None:
-            self._start()
+        restored = self.engine.restore()
+        if restored is None:
             return
-        self.watchdog.at(0, "loading")
-        try:
-            refuse_quantized(path, "be trained")
-            # A converted checkpoint holds weights only: the run starts from them, at step 0.
-            saved = read_checkpoint_meta(path)
-            started = "progress" in saved
-            if started:
-                refuse_state_of_others(self.config.optimizer, saved.get("config", {}).get("optimizer", {}), path)
-                if self.teacher is not None:
-                    self.teacher.check_same(saved.get("teacher"), path)
-            optimizer = self.optimizer if started else None
-            meta = load_training_state(path, self.model, optimizer, self.mesh, self.is_expert)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        if not started:
-            self.console.say(f"starting from the weights of {path}")
+        if restored.meta is None:
+            self.console.say(f"starting from the weights of {restored.path}")
             return
-        self.progress = Progress(**meta["progress"])
-        self.saved_at = self.progress.step if path.parent == self.folder.checkpoints else None
-        if self.recompute is not None:
-            self.recompute.load(meta.get("recompute"))
-        self.console.say(f"resumed from {path} at step {self.progress.step}")
-
-    def _start(self) -> None:
-        """Weights of another run, where there are to be."""
-        run = self.config.train.start
-        if run is None:
-            return
-        self.watchdog.at(0, "loading")
-        path = load_start(run, self.model, self.mesh, self.tokenizer)
-        self.console.say(f"starting from the weights of {path}")
+        self.progress = Progress(**restored.meta["progress"])
+        self.saved_at = self.progress.step if restored.is_own else None
+        self.console.say(f"resumed from {restored.path} at step {self.progress.step}")
 
     def _evaluate_sources(self, metrics: MetricsWriter | None) -> None:
         """Before the first step: what the run starts from, and its teacher, make of the held-out text."""
         progress = self.progress
         if self.config.train.start is not None and progress.start_val_loss is None:
             progress.start_val_loss = self._evaluate(metrics).loss
-        if self.teacher is not None and progress.teacher_val_loss is None:
-            teacher = self._evaluation_of(self.teacher.model)
+        if self.config.train.distill is not None and progress.teacher_val_loss is None:
+            teacher = self._judged(self.engine.evaluate_teacher)
+            assert teacher is not None
             progress.teacher_val_loss = teacher.loss
             self.console.say(f"the teacher: {teacher.bits_per_byte:.4f} bits per byte on held-out text")
 
     def _evaluate(self, metrics: MetricsWriter | None) -> Evaluation:
-        result = self._evaluation_of(self.model)
+        result = self._judged(self.engine.evaluate)
         self.evaluated = {self.progress.step: result}
         if metrics is not None:
             metrics.write(
@@ -323,21 +233,12 @@ class Trainer:
         )
         return result
 
-    def _evaluation_of(self, model: Decoder) -> Evaluation:
-        """What `model` makes of the held-out text; all ranks take part."""
-        config = self.config
+    def _judged(self, evaluate: Callable[[Callable[[int, int], None]], T]) -> T:
+        """What `evaluate` makes of the held-out text; all ranks take part."""
         self.watchdog.at(self.progress.step, "evaluating")
         following = self.console.following("evaluate", 1) if not self.console.busy else self.console.nothing()
         with following as line, self.ledger.paused():
-            return evaluate(
-                model,
-                self.held_out,
-                self.mesh,
-                seq_len=config.data.seq_len,
-                batch=config.train.eval_batch,
-                precision=config.train.precision,
-                progress=line.portion,
-            )
+            return evaluate(line.portion)
 
     def _sample(self) -> str:
         """A text from the model; all ranks take part."""
@@ -345,9 +246,7 @@ class Trainer:
         if count == 0:
             return ""
         self.watchdog.at(self.progress.step, "sampling")
-        self.model.eval()
-        prompt = [self.tokenizer.end_token]
-        [tokens] = generate(self.model, [prompt], max_new_tokens=count, temperature=0.8, seed=self.config.train.seed)
+        tokens = self.engine.generate([self.tokenizer.end_token], count)
         return self.tokenizer.decode(tokens)
 
     def _is_logged(self, result: StepResult) -> bool:
@@ -360,8 +259,8 @@ class Trainer:
     def _measure(self, result: StepResult, step_s: float, loads: Loads) -> dict[str, object]:
         """One line of metrics.jsonl; `loads` are those of all steps since the last line."""
         config, mesh = self.config, self.mesh
-        told = self.ledger.page(), measure(self.optimizer), self.model.recomputation.spent.take()
-        planned = {} if self.recompute is None else self.recompute.numbers()
+        told = self.ledger.page(), measure(self.engine.optimizer), self.engine.recomputed_seconds()
+        planned = self.engine.planned()
         gathered = gather_to_root(told, mesh.world, "ledger", mesh.recorder)
         # Only now: the account of the steps does not hold its own gathering.
         self.ledger.clear()
@@ -399,7 +298,7 @@ class Trainer:
         )
 
     def _close(self, metrics: MetricsWriter | None) -> None:
-        self.checkpoints.close()
+        self.engine.close()
         if metrics is not None:
             metrics.close()
 
@@ -423,12 +322,6 @@ class Trainer:
             yield profiler.step
 
 
-def stages_of(config: TrainConfig, mesh: Mesh) -> Stages:
-    """Which layers this rank holds of the model of `config`, whose vocabulary is known."""
-    sizes = layer_sizes(config.model, config.router, config.model.vocab_size)
-    return lay_out(config.parallel, sizes, mesh.pipeline.rank)
-
-
 def complete(config: TrainConfig, mesh: Mesh, vocab_size: int) -> TrainConfig:
     """`config` with what only the data and the world tell; UserError where they contradict it."""
     violations = [*world_rules(config, mesh.world.size), *vocabulary_rule(config, vocab_size)]
@@ -441,26 +334,6 @@ def complete(config: TrainConfig, mesh: Mesh, vocab_size: int) -> TrainConfig:
     if config.model.vocab_size:
         return config
     return replace(config, model=replace(config.model, vocab_size=vocab_size))
-
-
-def find_checkpoint(config: TrainConfig, checkpoints: Checkpointer) -> Path | None:
-    """The checkpoint that `checkpoint.resume` asks for: newest of this run, none, or a path (folder or run)."""
-    if config.checkpoint.resume == "auto":
-        return checkpoints.latest()
-    if config.checkpoint.resume == "never":
-        return None
-    return checkpoint_in(Path(config.checkpoint.resume))
-
-
-def checkpoint_in(path: Path) -> Path:
-    """A checkpoint's folder from itself, its `checkpoints` folder or its run; UserError where there is none."""
-    for folder in (path, path / "checkpoints"):
-        if folder.name.startswith("step-") and folder.is_dir():
-            return folder
-        found = newest(folder) if folder.is_dir() else None
-        if found is not None:
-            return found
-    raise UserError(f"{path} holds no complete checkpoint; give a run, or one of its checkpoints/step-…")
 
 
 def console_numbers(numbers: dict[str, object]) -> dict[str, str]:

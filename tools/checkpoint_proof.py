@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..launch.console import RunConsole
 from ..launch.errors import UserError
-from ..launch.trainer import checkpoint_in
+from ..launch.resumed import checkpoint_in
 from ..parallel.checkpoint import verify
 
 

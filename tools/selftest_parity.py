@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from ..launch.config import DataConfig, LoopConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from ..launch.engines.decoder import stages_of
 from ..launch.optimizer import make_optimizer
 from ..launch.precision import weight_dtype
 from ..launch.step import make_stepper
-from ..launch.trainer import stages_of
 from ..moe.config import ModelConfig, MoEConfig, RouterConfig
 from ..moe.decoder import build_decoder
 from ..parallel.config import ParallelConfig

@@ -20,6 +20,7 @@ from spawned import run_ranks
 from torch import Tensor
 
 from wastenot.launch.config import DataConfig, LogConfig, LoopConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from wastenot.launch.engines.decoder import stages_of
 from wastenot.launch.evaluate import Evaluation, evaluate
 from wastenot.launch.layout_rules import layers_make_stages, micro_batches_fill_pipeline, world_rules
 from wastenot.launch.metrics import read_metrics
@@ -28,7 +29,6 @@ from wastenot.launch.precision import weight_dtype
 from wastenot.launch.saved_run import open_run
 from wastenot.launch.shards import TokenShards
 from wastenot.launch.step import Stepper, make_stepper
-from wastenot.launch.trainer import stages_of
 from wastenot.moe.config import EmulateConfig, ModelConfig, MoEConfig, RectifyConfig, RouterConfig
 from wastenot.moe.decoder import Decoder, build_decoder
 from wastenot.moe.generate import generate

@@ -18,11 +18,11 @@ from test_parallel_parity import config
 from torch import Tensor
 
 from wastenot.launch.config import TrainConfig
+from wastenot.launch.engines.decoder import stages_of
 from wastenot.launch.optimizer import make_optimizer
 from wastenot.launch.peak_memory import peak_bytes
 from wastenot.launch.precision import compute_dtype, weight_dtype
 from wastenot.launch.step import make_stepper
-from wastenot.launch.trainer import stages_of
 from wastenot.moe.config import RectifyConfig, RouterConfig
 from wastenot.moe.decoder import Decoder, build_decoder
 from wastenot.parallel import recompute

@@ -16,6 +16,7 @@ from test_parallel_parity import CASES, config
 from torch import Tensor
 
 from wastenot.launch.config import OptimizerConfig, TrainConfig
+from wastenot.launch.engines.decoder import stages_of
 from wastenot.launch.evaluate import evaluate
 from wastenot.launch.optimizer import make_optimizer
 from wastenot.launch.optimizer_config import AdapproxConfig
@@ -23,7 +24,6 @@ from wastenot.launch.optimizer_state import measure
 from wastenot.launch.precision import compute_dtype, weight_dtype
 from wastenot.launch.shards import TokenShards
 from wastenot.launch.step import Stepper, make_stepper
-from wastenot.launch.trainer import stages_of
 from wastenot.moe.config import RouterConfig
 from wastenot.moe.decoder import build_decoder
 from wastenot.moe.generate import generate

@@ -198,7 +198,7 @@ def test_null_makes_the_model_dense() -> None:
         (
             "1: 2",
             "1: unknown key; known here: model, router, parallel, recompute, optimizer, schedule, data, train, "
-            "checkpoint, log, kernels",
+            "checkpoint, log, kernels, engine, deepspeed, megatron",
         ),
         ("model: [1, 2]", None),
         ("[1, 2]", None),

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ...launch.config import TrainConfig
+from ...launch.engines.decoder import stages_of
 from ...launch.env import detect, start, stop
 from ...launch.memory import keep_freed_memory
 from ...launch.optimizer import make_optimizer
@@ -28,7 +29,6 @@ from ...launch.peak_memory import peak_bytes, storage_bytes
 from ...launch.precision import compute_dtype
 from ...launch.run_folder import write_atomically
 from ...launch.step import Stepper, make_stepper
-from ...launch.trainer import stages_of
 from ...moe.decoder import build_decoder
 from ...parallel.gradients import Gradients
 from ...parallel.mesh import Mesh, make_mesh

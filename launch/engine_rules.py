@@ -1,0 +1,67 @@
+"""Rules of runs that another engine than wastenot's own trains. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .config import TrainConfig
+from .engine_config import what_is_missing
+from .errors import Violation
+
+_OWN_ONLY = {
+    "parallel.tensor": (1, "cut by our tensor ranks"),
+    "parallel.shard": (1, "sharded by FSDP2"),
+    "recompute.mode": ("none", "recomputed in our blocks"),
+    "train.start": (None, "begun with another run's weights"),
+    "train.only": ("all", "trained in part"),
+    "train.keep_zeros": (False, "kept sparse"),
+    "train.distill": (None, "taught by another run"),
+    "model.moe.per_layer": ((), "made of unlike layers"),
+}
+"""What only the native engine can do, by path: the value that asks for nothing, and what is done otherwise."""
+
+
+def others_do_what_they_can(config: TrainConfig) -> list[Violation]:
+    if config.engine == "native":
+        return []
+    found = []
+    for path, (nothing, done) in _OWN_ONLY.items():
+        value = _at(config, path)
+        if value not in (nothing, None):
+            message = f"under {config.engine} no model is {done}; use {_shown(nothing)}, or engine: native"
+            found.append(Violation((path, "engine"), message))
+    return found
+
+
+def deepspeed_has_no_stages(config: TrainConfig) -> list[Violation]:
+    degree = config.parallel.pipeline
+    if config.engine != "deepspeed" or degree == 1:
+        return []
+    message = f"{degree} stages need an engine with a pipeline for our model; use 1, or engine: native or megatron"
+    return [Violation(("parallel.pipeline", "engine"), message)]
+
+
+def engine_is_installed(config: TrainConfig) -> list[Violation]:
+    missing = what_is_missing(config.engine)
+    return [Violation(("engine",), missing)] if missing else []
+
+
+def deepspeed_json_exists(config: TrainConfig) -> list[Violation]:
+    path = config.deepspeed.json
+    if config.engine != "deepspeed" or path is None or Path(path).is_file():
+        return []
+    return [Violation(("deepspeed.json",), f"{path!r} is no file; give a DeepSpeed JSON, or null")]
+
+
+ENGINE_RULES = (others_do_what_they_can, deepspeed_has_no_stages)
+ENGINE_FILE_RULES = (engine_is_installed, deepspeed_json_exists)
+
+
+def _at(config: object, path: str) -> object:
+    for name in path.split("."):
+        config = getattr(config, name) if config is not None else None
+    return config
+
+
+def _shown(value: object) -> str:
+    return {None: "null", False: "false", (): "[]"}.get(value, str(value))  # type: ignore[call-overload]
