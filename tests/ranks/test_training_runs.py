@@ -154,9 +154,10 @@ def test_terminated_run_saves_and_goes_on_bit_for_bit(made, uninterrupted):
 
 TERMINATED_WHILE_STARTING = """
 import os, signal, sys
-from wastenot.launch import train, trainer
+from wastenot.launch import train
+from wastenot.launch.engines import native
 
-trainer.Checkpointer = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM)
+native.Checkpointer = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM)
 sys.exit(train.main([sys.argv[1], "-s", "parallel.expert=1"]))
 """
 

@@ -105,7 +105,7 @@ def test_a_model_is_built_without_the_compiler_and_without_triton() -> None:
     """Both take seconds to import; the second also decides, when it is imported, whether kernels are interpreted."""
     code = (
         "import sys\n"
-        "import wastenot.launch.trainer, wastenot.moe.mixture\n"
+        "import wastenot.launch.trainer, wastenot.launch.engines.native, wastenot.moe.mixture\n"
         "assert not {'triton', 'torch._dynamo'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -144,7 +144,7 @@ def test_a_model_trains_where_rectification_is_deleted() -> None:
 import sys
 sys.modules.update(dict.fromkeys({modules!r}))  # importing one of them now fails
 import torch
-import wastenot.launch.trainer
+import wastenot.launch.trainer, wastenot.launch.engines.native
 from wastenot.moe.config import ModelConfig, MoEConfig, RectifyConfig, RouterConfig
 from wastenot.moe.decoder import build_decoder
 from wastenot.parallel.mesh import single
@@ -169,7 +169,7 @@ def test_a_run_trains_is_evaluated_and_saved_where_compression_is_deleted() -> N
     program = """
 import sys
 sys.modules["wastenot.moe.compress"] = None  # importing it, or a part of it, now fails
-import wastenot.launch.trainer, wastenot.launch.evaluate, wastenot.launch.saved_run, wastenot.moe.generate
+import wastenot.launch.trainer, wastenot.launch.engines.native, wastenot.launch.evaluate, wastenot.launch.saved_run, wastenot.moe.generate
 import wastenot.tools.convert, wastenot.tools.report.command
 try:
     import wastenot.launch.streamed
