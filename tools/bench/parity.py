@@ -199,13 +199,16 @@ def make_corpus(folder: Path) -> Path:
     return prepare_files([text], DataConfig(tokenizer="bytes", dir=str(folder)), progress=False)
 
 
-def train(config: TrainConfig) -> Curve:
-    """Runs `config` on local ranks. Raises RuntimeError, with what they printed last, unless all steps are there."""
+def train(config: TrainConfig, module: str = "wastenot.launch.train") -> Curve:
+    """Runs `config` on local ranks, each of them `module`.
+
+    Raises RuntimeError, with what they printed last, unless all steps are there.
+    """
     folder = Path(config.log.dir)
     file, output = folder.with_suffix(".yaml"), folder.with_suffix(".txt")
     file.write_text(dump_config(config), encoding="utf-8")
     with _output_in(output):
-        code = run_ranks([str(file)], config.parallel.world())
+        code = run_ranks([str(file)], config.parallel.world(), module=module)
     lines = [line for line in read_metrics(folder) if "loss" in line] if code == 0 else []
     if [line["step"] for line in lines] != list(range(1, config.train.steps + 1)):
         raise RuntimeError(f"run {folder.name} ended with code {code}; it said:\n{output.read_text()[-4000:]}")

@@ -13,6 +13,7 @@ BENCHMARKS = {
     "train": "tokens/s of a training step against other MoE implementations",
     "train-ranks": "tokens/s on one and two ranks, and how they scale, against other MoE implementations",
     "parity": "the same losses and gradient norms at every (expert, data) layout",
+    "engines": "the same losses under DeepSpeed and Megatron-Core as natively, with our router and optimizer",
     "layout-memory": "bytes of every rank at every layout, beside what the planner says",
     "kernels": "the MoE layer alone, forward and backward, against other implementations and its floor",
     "kernels-gpu": "bandwidth of dispatch and combine on a CUDA device, and times of a whole MoE layer",

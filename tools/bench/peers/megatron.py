@@ -88,7 +88,7 @@ def build_rank(case: Case, weights: dict[str, Tensor], place: Place) -> Training
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     whole: Any = model.model
-    with _load_shim().devices_on_cpu():
+    with load_shim().devices_on_cpu():
         shared: Any = DistributedDataParallel(
             whole.config, DistributedDataParallelConfig(overlap_grad_reduce=True), whole
         )
@@ -147,7 +147,7 @@ def build_layer(case: LayerCase, weights: LayerWeights) -> PeerLayer:
 
 def _start() -> Any:
     """Patches this process, and starts a process group of one where there is none; gives the shim."""
-    shim = _load_shim()
+    shim = load_shim()
     shim.install()
     from megatron.core import parallel_state
 
@@ -193,7 +193,7 @@ def _load(module: nn.Module, state: dict[str, Tensor]) -> None:
     assert not wrong, f"Megatron-Core names its weights otherwise than this peer expects: {wrong}"
 
 
-def _load_shim() -> Any:
+def load_shim() -> Any:
     spec = importlib.util.spec_from_file_location("megatron_cpu_shim", SHIM)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
