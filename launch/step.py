@@ -14,9 +14,10 @@ from ..moe.decoder import Decoder
 from ..moe.ledger import check_identities, count_layers
 from ..moe.losses import auxiliary_loss, update_bias
 from ..moe.router import TopKRouter
+from ..moe.routing import Routing
 from ..parallel.apply import seed_of
 from ..parallel.collectives import all_reduce
-from ..parallel.gradients import Gradients
+from ..parallel.gradients import Gradients, Summing
 from ..parallel.mesh import Mesh
 from .config import TrainConfig
 from .data import Samples
@@ -58,6 +59,16 @@ class Judged(NamedTuple):
     """What else the objective is made of."""
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one micro-batch saw."""
+
+    judged: Judged
+    shown: dict[str, Tensor]
+    """Unweighted router losses."""
+    routings: list[Routing]
+
+
 @dataclass
 class Stepper:
     """The parts a step needs; `step(n)` depends on them, on n and on nothing else."""
@@ -66,7 +77,7 @@ class Stepper:
     mesh: Mesh
     model: Decoder
     optimizer: torch.optim.Optimizer
-    gradients: Gradients
+    gradients: Summing
     samples: Samples
 
     def step(self, step: int, first_sample: int, stop: bool) -> StepResult:
@@ -105,7 +116,6 @@ class Stepper:
         config, mesh = self.config, self.mesh
         micro = config.train.batch // config.train.accumulate
         share = micro // mesh.batch.size
-        tokens_in_batch = config.train.batch * config.data.seq_len
         loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
         counts: Tensor | None = None
         shown: dict[str, Tensor] = {}
@@ -116,24 +126,36 @@ class Stepper:
             tokens = torch.from_numpy(windows).to(mesh.device, non_blocking=True)
             last = i == config.train.accumulate - 1
             with self.gradients.reduced() if last else nullcontext():
-                with computing_in(config.train.precision, mesh.device):
-                    output = self.model(tokens[:, :-1])
-                    judged = self._judge(output.hidden_BSD, tokens, tokens_in_batch)
-                auxiliary, values = auxiliary_loss(output.routings, config.router, mesh, share)
-                (judged.objective + auxiliary / config.train.accumulate).backward()
-            loss += judged.nats.detach().double()
-            for name, value in values.items():
+                micro = self._learn(tokens)
+            loss += micro.judged.nats.detach().double()
+            for name, value in micro.shown.items():
                 shown[name] = shown.get(name, 0) + value / config.train.accumulate
-            for name, value in judged.shown.items():
+            for name, value in micro.judged.shown.items():
                 shown[name] = shown.get(name, 0) + value
             # What is not finite ends in a skipped step, as without debug.
-            if config.log.debug and judged.objective.isfinite():
-                for routing in output.routings:
+            if config.log.debug and micro.judged.objective.isfinite():
+                for routing in micro.routings:
                     check_identities(routing)
-            chosen = count_layers(output.routings)
+            chosen = count_layers(micro.routings)
             counts = chosen if counts is None else counts + chosen
         assert counts is not None
         return {"loss": loss, "counts": counts}, shown
+
+    def _learn(self, tokens_BS: Tensor) -> MicroBatch:
+        """Forward and backward of the micro-batch whose windows are `tokens_BS`."""
+        objective, micro = self.forward(tokens_BS)
+        objective.backward()
+        return micro
+
+    def forward(self, tokens_BS: Tensor) -> tuple[Tensor, MicroBatch]:
+        """What the backward of one micro-batch begins with, and what it saw."""
+        config, mesh = self.config, self.mesh
+        tokens_in_batch = config.train.batch * config.data.seq_len
+        with computing_in(config.train.precision, mesh.device):
+            output = self.model(tokens_BS[:, :-1])
+            judged = self._judge(output.hidden_BSD, tokens_BS, tokens_in_batch)
+        auxiliary, values = auxiliary_loss(output.routings, config.router, mesh, len(tokens_BS))
+        return judged.objective + auxiliary / config.train.accumulate, MicroBatch(judged, values, output.routings)
 
     def _judge(self, hidden_BSD: Tensor, tokens_BS: Tensor, tokens_in_batch: int) -> Judged:
         """What the hidden states of one micro-batch, whose windows are `tokens_BS`, are worth."""
@@ -143,11 +165,16 @@ class Stepper:
     def _apply(self, norm: Tensor, counts: Tensor) -> None:
         if self.config.optimizer.clip_norm > 0:
             self.gradients.clip(norm, self.config.optimizer.clip_norm)
-        self.optimizer.step()
+        self._update()
         if self.config.router.bias_update > 0:
             routers = [m for m in self.model.modules() if isinstance(m, TopKRouter)]
             for router, layer in zip(routers, self.model.moe_layers, strict=True):
                 update_bias(router, counts[layer, : router.num_experts])
+
+
+    def _update(self) -> None:
+        """The optimizer's step."""
+        self.optimizer.step()
 
 
 @dataclass

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,26 @@ from .tensor import local, placed_as, tensor_parameters
 
 if TYPE_CHECKING:
     from .shard import ShardedGradients
+
+
+class Summing(Protocol):
+    """What a step needs of whoever sums gradients over ranks: `Gradients`, or an engine."""
+
+    def zero(self) -> None:
+        """Before the first micro-batch of a step."""
+        ...
+
+    def reduced(self) -> AbstractContextManager[None]:
+        """Around the last micro-batch of a step: gradients are sums over ranks when it ends."""
+        ...
+
+    def norm(self) -> Tensor:
+        """Global 2-norm, every parameter counted once; fp64, the same on every rank."""
+        ...
+
+    def clip(self, norm: Tensor, limit: float) -> None:
+        """Scales gradients of global norm `norm` down to `limit`."""
+        ...
 
 
 class _Bucket:
@@ -153,7 +173,7 @@ class Gradients:
 
     def norm(self) -> Tensor:
         """Global 2-norm over all ranks' parameters, each counted once; fp64, the same on every rank."""
-        squares = partial(_squares, device=self.mesh.device)
+        squares = partial(sum_of_squares, device=self.mesh.device)
         total, tensor, experts = (squares(b.flat for b in own) for own in (self.dense, self.tensor, self.experts))
         has_tensor, has_experts = bool(self.tensor), bool(self.experts)
         if self.sharded is not None:
@@ -176,10 +196,16 @@ class Gradients:
 
     def clip(self, norm: Tensor, limit: float) -> None:
         """Scales gradients of global norm `norm` down to `limit`."""
-        self.scale((limit / (norm + 1e-6)).clamp(max=1.0).to(torch.float32))
+        self.scale(clipping(norm, limit))
 
 
-def _squares(flats: Iterable[Tensor], device: torch.device) -> Tensor:
+def clipping(norm: Tensor, limit: float) -> Tensor:
+    """What gradients of global norm `norm` are multiplied by to have `limit` at most."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
+
+
+def sum_of_squares(flats: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Of all numbers in `flats`; fp64."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for flat in flats:
         # Squared in fp64 only here: asking the norm itself for fp64 would copy the whole buffer.

@@ -1,0 +1,144 @@
+"""DeepSpeed's runtime around our model, router and optimizer: ZeRO 0 to 3, its expert groups, its checkpoints.
+
+Precision is ours: weights, gradients and optimizer state in fp32, matrix products in bf16 under autocast where
+`train.precision` says so. DeepSpeed's own bf16 would keep weights in bf16 beside an fp32 copy in the optimizer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...parallel.collectives import all_reduce
+from ...parallel.expert import expert_parameter_names
+from ...parallel.mesh import Mesh
+from ..config import TrainConfig
+from ..data import Samples
+from ..evaluate import Evaluation
+from ..optimizer import make_optimizer
+from ..run_folder import write_atomically
+from ..step import MicroBatch, StepResult, Stepper
+from .decoder import count_parameters, evaluate_decoder, generate_from, new_decoder
+from .deepspeed_gradients import SharedGradients, WholeGradients
+from .deepspeed_json import merged
+from .engine import Ground, Restored
+
+
+class DeepSpeedEngine:
+    """See `engine.Engine`."""
+
+    def __init__(self, ground: Ground) -> None:
+        """Builds everything on this rank."""
+        self.ground = ground
+        config, mesh = ground.config, ground.mesh
+        self._alone = _prepare(mesh)
+        # Only now: what it finds in the environment decides what it is.
+        from . import deepspeed_model as ours
+
+        self.decoder = new_decoder(ground)
+        experts = expert_parameter_names(self.decoder)
+        self._sizes = [(name in experts, p.numel()) for name, p in self.decoder.named_parameters()]
+        self.optimizer = make_optimizer(self.decoder, config.optimizer)
+        samples = Samples(ground.train, config.data.seq_len, config.train.seed)
+        self.stepper = DeepSpeedStepper(config, mesh, self.decoder, self.optimizer, None, samples)  # type: ignore[arg-type]
+        module = ours.Learning(self.decoder, self.stepper.forward)
+        if mesh.expert.size > 1 and config.deepspeed.zero:
+            ours.split_groups(self.optimizer, ours.group_name(mesh))
+        said = merged(config, mesh.world.size)
+        self.engine = _initialize(module, self.optimizer, said)
+        self.stepper.engine = self.engine
+        self.stepper.gradients = (SharedGradients if config.deepspeed.zero else WholeGradients)(self.engine, mesh)
+        self._output_layer = lambda: ours.gathered([self.decoder.output_weight])  # type: ignore[list-item]
+        if mesh.world.rank == 0:
+            ground.folder.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(ground.folder.path / "deepspeed.json", json.dumps(said, indent=2) + "\n")
+
+    def restore(self) -> Restored | None:
+        return None
+
+    def step(self, step: int, first_sample: int, stop: bool) -> StepResult:
+        return self.stepper.step(step, first_sample, stop)
+
+    def evaluate(self, progress: Callable[[int, int], None]) -> Evaluation:
+        with self._output_layer():
+            return evaluate_decoder(self.decoder, self.ground, progress)
+
+    def evaluate_teacher(self, progress: Callable[[int, int], None]) -> Evaluation | None:
+        return None
+
+    def generate(self, prompt: list[int], count: int) -> list[int]:
+        with self._output_layer():
+            return generate_from(self.decoder, self.ground.config, prompt, count)
+
+    def save(self, step: int, meta: Mapping[str, Any]) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def num_parameters(self) -> int:
+        return count_parameters(self._sizes, self.ground.mesh)
+
+    def recomputed_seconds(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
+    def planned(self) -> dict[str, Any]:
+        return {}
+
+    def look(self) -> None:
+        pass
+
+
+@dataclass
+class DeepSpeedStepper(Stepper):
+    """A `Stepper` whose passes and steps go through DeepSpeed."""
+
+    engine: Any = None
+
+    def _learn(self, tokens_BS: Tensor) -> MicroBatch:
+        objective, micro = self.engine(tokens_BS)
+        # DeepSpeed averages over all ranks; ours is a part of a sum.
+        self.engine.backward(objective * self.mesh.world.size, scale_wrt_gas=False)
+        return micro
+
+    def _update(self) -> None:
+        self.engine.step()
+
+
+def _prepare(mesh: Mesh) -> bool:
+    """Before DeepSpeed is imported: on which device it is, and a process group also for a rank alone.
+
+    Returns whether that group was made here.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", mesh.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
+    import deepspeed
+
+    if mesh.device.type == "cpu":
+        # It would be compiled here and now; collectives are gloo's.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
+    if dist.is_initialized():
+        return False
+    backend = "nccl" if mesh.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return True
+
+
+def _initialize(module: torch.nn.Module, optimizer: torch.optim.Optimizer, said: dict[str, Any]) -> Any:
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=said, dist_init_required=False)
+    logger.setLevel("WARNING")
+    return engine

@@ -1,0 +1,125 @@
+"""Our decoder as DeepSpeed trains it: the loss within the module, experts marked and grouped as its MoE wants.
+
+DeepSpeed finds mixtures of experts by its own layer class, which makes their process groups and names their files in
+checkpoints. `ExpertLayer` is one of that class without a layer of its own: it stands for the experts of one of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups, set_z3_leaf_modules
+from torch import Tensor, nn
+
+from ...moe.decoder import Block, Decoder
+from ...moe.experts import GroupedExperts
+from ...parallel.expert import expert_parameter_names
+from ...parallel.mesh import Mesh
+
+_EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
+"""What DeepSpeed calls a layer's experts, by number."""
+
+
+class Learning(nn.Module):
+    """A decoder and what it learns by: `forward(tokens)` is `learn(tokens)`, whose first value is to be minimised."""
+
+    def __init__(self, decoder: Decoder, learn: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.decoder, self._learn = decoder, learn
+        self.expert_layers = nn.ModuleList()
+        mesh = decoder.mesh
+        if mesh.expert.size > 1:
+            layers = [module for module in decoder.modules() if isinstance(module, GroupedExperts)]
+            self.expert_layers.extend(ExpertLayer(experts, mesh) for experts in layers)
+            for name, parameter in decoder.named_parameters():
+                if name in expert_parameter_names(decoder):
+                    # So that DeepSpeed sums its gradients over the ranks of that group alone.
+                    parameter.allreduce, parameter.group_name = False, group_name(mesh)  # type: ignore[attr-defined]
+        # Gathered together, as FSDP2 does it: how often experts are called differs from rank to rank.
+        set_z3_leaf_modules(self, [Block])
+
+    def forward(self, tokens_BS: Tensor) -> Any:
+        """See the class."""
+        return self._learn(tokens_BS)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As torch's; experts that ranks share are those of `expert_layers` alone, one by one, as DeepSpeed has them."""
+        tensors = super().state_dict(*args, **kwargs)
+        for name, layer in self._expert_layers():
+            for key, _ in layer.stacks():
+                del tensors[key]
+            tensors.update({f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()})
+        return tensors
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """What `state_dict` gave."""
+        tensors = dict(state_dict)
+        for name, layer in self._expert_layers():
+            for key, stack in layer.stacks():
+                leaf = key.rpartition(".")[2]
+                parts = [tensors.pop(f"{name}.{_EXPERTS}{number}.{leaf}") for number in range(len(stack))]
+                tensors[key] = torch.stack(parts)
+        return super().load_state_dict(tensors, strict, assign)
+
+    def _expert_layers(self) -> Iterator[tuple[str, ExpertLayer]]:
+        names = {id(module): name for name, module in self.named_modules()}
+        for number, layer in enumerate(self.expert_layers):
+            assert isinstance(layer, ExpertLayer)
+            layer.prefix = names[id(layer.experts())]
+            yield f"expert_layers.{number}", layer
+
+
+class ExpertLayer(MoE):
+    """The experts of one of our layers, as DeepSpeed sees them; computes nothing."""
+
+    def __init__(self, experts: GroupedExperts, mesh: Mesh) -> None:
+        # Not MoE's: it would build a layer.
+        nn.Module.__init__(self)
+        self.ep_size, self.expert_group_name = mesh.expert.size, group_name(mesh)
+        self.num_local_experts = len(experts.gate_up)
+        self.num_experts = self.num_local_experts * mesh.expert.size
+        # Not as a module: they have their name in the decoder.
+        self.experts = lambda: experts
+        self.prefix = ""
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Makes the process groups of experts, once for all layers: the ranks of `Mesh.expert` and `expert_data`."""
+        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(self.ep_size)
+
+    def stacks(self) -> Iterator[tuple[str, Tensor]]:
+        """Names in the model and weights [e, ...] of this rank's experts."""
+        yield from ((f"{self.prefix}.{name}", stack) for name, stack in self.experts().named_parameters())
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """This rank's experts, one by one."""
+        stacks = [(name, stack.detach()) for name, stack in self.experts().named_parameters()]
+        return {f"{_EXPERTS}{i}.{name}": stack[i] for name, stack in stacks for i in range(len(stack))}
+
+
+def group_name(mesh: Mesh) -> str:
+    """What DeepSpeed calls the process groups of the experts of `mesh`."""
+    return f"ep_size_{mesh.expert.size}"
+
+
+def split_groups(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Gives experts that DeepSpeed calls `name` groups of their own: ZeRO shares each group among its own ranks."""
+    split: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        of_experts = [not getattr(parameter, "allreduce", True) for parameter in group["params"]]
+        for wanted, more in ((False, {}), (True, {"moe": True, "name": name})):
+            chosen = [number for number, is_expert in enumerate(of_experts) if is_expert == wanted]
+            if chosen:
+                # `param_names` beside `params`, where the optimizer was given both.
+                lists = {key: [group[key][i] for i in chosen] for key in ("params", "param_names") if key in group}
+                split.append({**group, **lists, **more})
+    optimizer.param_groups[:] = split
+
+
+def gathered(parameters: list[nn.Parameter]) -> Any:
+    """While it is entered, `parameters` are whole also where ZeRO 3 shares them out."""
+    return deepspeed.zero.GatheredParameters(parameters)
