@@ -8,27 +8,35 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...parallel.collectives import all_reduce
 from ...parallel.expert import expert_parameter_names
 from ...parallel.mesh import Mesh
 from ..config import TrainConfig
 from ..data import Samples
+from ..errors import UserError
 from ..evaluate import Evaluation
 from ..optimizer import make_optimizer
+from ..optimizer_config import refuse_state_of_others
 from ..run_folder import write_atomically
 from ..step import MicroBatch, StepResult, Stepper
+from . import deepspeed_checkpoints as checkpoints
 from .decoder import count_parameters, evaluate_decoder, generate_from, new_decoder
 from .deepspeed_gradients import SharedGradients, WholeGradients
 from .deepspeed_json import merged
 from .engine import Ground, Restored
+
+
+_EXPECTED = ("untested optimizer", "unknown inputs or outputs type")
+"""In warnings of DeepSpeed: about optimizers that were tried here, and modules whose outputs hold routings."""
 
 
 class DeepSpeedEngine:
@@ -61,7 +69,36 @@ class DeepSpeedEngine:
             write_atomically(ground.folder.path / "deepspeed.json", json.dumps(said, indent=2) + "\n")
 
     def restore(self) -> Restored | None:
-        return None
+        config, mesh = self.ground.config, self.ground.mesh
+        self.ground.watchdog.at(0, "loading")
+        own = self.ground.folder.checkpoints
+
+        def choose() -> Path | None:
+            own.mkdir(parents=True, exist_ok=True)
+            checkpoints.clean(own)
+            if config.checkpoint.resume == "never":
+                return None
+            return checkpoints.newest(own) if config.checkpoint.resume == "auto" else checkpoints.find(Path(config.checkpoint.resume))
+
+        try:
+            path = checkpoints.on_root(mesh, choose)
+            if path is None:
+                return None
+            saved = checkpoints.read_meta(path)
+            checkpoints.refuse_other_layout(path, saved, mesh, config.deepspeed.zero)
+            refuse_state_of_others(config.optimizer, saved["config"]["optimizer"], path)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self._load(path)
+        return Restored(path, saved, path.parent == own)
+
+    def _load(self, path: Path) -> None:
+        optimizer = self.optimizer
+        said = [{key: value for key, value in group.items() if key not in ("params", "param_names")} for group in optimizer.param_groups]
+        self.engine.load_checkpoint(str(path.parent), tag=path.name)
+        # Decay and the like stay those of the configuration.
+        for group, own in zip(optimizer.param_groups, said, strict=True):
+            group.update(own)
 
     def step(self, step: int, first_sample: int, stop: bool) -> StepResult:
         return self.stepper.step(step, first_sample, stop)
@@ -78,13 +115,16 @@ class DeepSpeedEngine:
             return generate_from(self.decoder, self.ground.config, prompt, count)
 
     def save(self, step: int, meta: Mapping[str, Any]) -> None:
-        pass
+        config, mesh = self.ground.config, self.ground.mesh
+        said = {"layout": mesh.layout, "zero": config.deepspeed.zero, **meta}
+        checkpoints.save(self.engine, self.ground.folder.checkpoints, step, said, mesh, config.checkpoint.keep)
 
     def wait(self) -> None:
         pass
 
     def close(self) -> None:
-        pass
+        if self._alone:
+            dist.destroy_process_group()
 
     def num_parameters(self) -> int:
         return count_parameters(self._sizes, self.ground.mesh)
@@ -122,6 +162,8 @@ def _prepare(mesh: Mesh) -> bool:
     """
     os.environ.setdefault("DS_ACCELERATOR", mesh.device.type)
     os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
+    # torch's own new names, which DeepSpeed does not use yet.
+    warnings.filterwarnings("ignore", r".*(reduce_scatter_tensor|all_gather_into_tensor).* is deprecated", FutureWarning)
     import deepspeed
 
     if mesh.device.type == "cpu":
@@ -138,7 +180,6 @@ def _initialize(module: torch.nn.Module, optimizer: torch.optim.Optimizer, said:
     import deepspeed
     from deepspeed.utils import logger
 
-    logger.setLevel("ERROR")
+    logger.addFilter(lambda record: not any(known in record.getMessage() for known in _EXPECTED))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=said, dist_init_required=False)
-    logger.setLevel("WARNING")
     return engine

@@ -1,0 +1,180 @@
+"""Checkpoints that DeepSpeed writes: where they are, which is whole, and the weights in them without DeepSpeed.
+
+A checkpoint of step 100 is `checkpoints/step-00000100`: DeepSpeed's own files, and `wastenot.json` with what the run
+needs to go on. It is written as `.partial-step-00000100` and renamed when all of it is on the disk, so whatever bears
+a valid name is whole. `latest` beside it names the one that was saved last.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...parallel.consult import consult
+from ...parallel.manifest import FILE as OURS
+from ...parallel.mesh import Mesh
+from ..errors import UserError
+from ..run_folder import write_atomically
+
+FILE = "wastenot.json"
+_COMPLETE = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+_PARTIAL, _TRASH, _LATEST = ".partial-", ".trash-", "latest"
+_WHOLE, _DECODER = "mp_rank_00_model_states.pt", "decoder."
+_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
+
+
+def newest(directory: Path) -> Path | None:
+    """The checkpoint of `directory` that was saved last, or None."""
+    found = _by_age(directory)
+    return found[0] if found else None
+
+
+def find(path: Path, step: int | None = None) -> Path:
+    """The checkpoint that `path` is, or the newest (or that of `step`) of the run or `checkpoints` folder that it is.
+
+    Raises UserError where there is none.
+    """
+    if (path / FILE).is_file() and step is None:
+        return path
+    for folder in (path, path / "checkpoints"):
+        found = _by_age(folder)
+        wanted = [each for each in found if step is None or _step(each) == step]
+        if wanted:
+            return wanted[0]
+        if found:
+            steps = ", ".join(map(str, sorted({_step(each) for each in found})))
+            raise UserError(f"{path} has no checkpoint of step {step}; it has {steps}")
+        if (folder / OURS).is_file() or any(folder.glob(f"step-*/{OURS}")):
+            raise UserError(f"{path} holds checkpoints of engine: native, not of DeepSpeed; use engine: native")
+    raise UserError(f"{path} holds no complete checkpoint of DeepSpeed; give a run, or one of its checkpoints/step-…")
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What `save` was given, with the `layout` and the `zero` stage; UserError where `path` is no checkpoint."""
+    try:
+        return json.loads((path / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no checkpoint of DeepSpeed that wastenot wrote ({error})") from error
+
+
+def clean(directory: Path) -> None:
+    """Removes what a killed run left unfinished."""
+    for path in directory.glob(".*"):
+        if path.name.startswith((_PARTIAL, _TRASH)):
+            shutil.rmtree(path)
+
+
+def save(engine: Any, directory: Path, step: int, meta: Mapping[str, Any], mesh: Mesh, keep: int) -> None:
+    """Saves what `engine` holds as the checkpoint of `step`, and leaves the newest `keep`; all ranks together."""
+    partial = directory / f"{_PARTIAL}step-{step:08d}"
+    engine.save_checkpoint(str(directory), tag=partial.name, client_state={"wastenot": dict(meta)}, save_latest=False)
+
+    def publish() -> None:
+        write_atomically(partial / FILE, json.dumps(meta))
+        for file in partial.iterdir():
+            _to_disk(file)
+        _to_disk(partial)
+        name = f"step-{step:08d}"
+        # A step saved before keeps its folder: there is never a moment without.
+        names = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
+        path = next(path for each in names if not (path := directory / each).exists())
+        partial.rename(path)
+        write_atomically(directory / _LATEST, path.name)
+        _to_disk(directory)
+        for old in _by_age(directory)[keep:]:
+            trash = directory / f"{_TRASH}{old.name}"
+            old.rename(trash)
+            shutil.rmtree(trash)
+
+    on_root(mesh, publish)
+
+
+def on_root(mesh: Mesh, do: Any) -> Any:
+    """What `do` returns on rank 0, on all ranks; its errors too."""
+    return consult(mesh.world.group, lambda: None, lambda answers: [do()] * len(answers), mesh.recorder)
+
+
+def refuse_other_layout(path: Path, saved: Mapping[str, Any], mesh: Mesh, zero: int) -> None:
+    """Raises UserError where DeepSpeed could not load the checkpoint at `path` here."""
+    before, here = {**saved["layout"], "zero": saved["zero"]}, {**mesh.layout, "zero": zero}
+    wrong = [f"{name} {before[name]}, not {here[name]}" for name in here if before[name] != here[name]]
+    if wrong:
+        raise UserError(
+            f"{path} was saved with {', '.join(wrong)}: DeepSpeed resumes in the same layout; use that, or make it "
+            "a run of ours: wastenot convert from-deepspeed"
+        )
+
+
+def weights(path: Path, zero: int) -> dict[str, Tensor]:
+    """Parameters and buffers of the whole model by their names in it, as they were trained."""
+    if zero == 3:
+        return _assembled(path)
+    tensors = {
+        name.removeprefix(_DECODER): tensor
+        for name, tensor in _read(path / _WHOLE)["module"].items()
+        if name.startswith(_DECODER)
+    }
+    experts: dict[int, dict[int, dict[str, Tensor]]] = {}
+    for file in path.iterdir():
+        if match := _EXPERT.fullmatch(file.name):
+            layer, number = map(int, match.groups())
+            parts = {name.rpartition(".")[2]: tensor for name, tensor in _read(file).items()}
+            experts.setdefault(layer, {})[number] = parts
+    # Layers of experts in the order of the model's, which is that of their gates.
+    prefixes = [name.removesuffix("router.weight") for name in tensors if name.endswith("router.weight")]
+    for layer, prefix in enumerate(prefixes if experts else []):
+        by_number = [experts[layer][number] for number in sorted(experts[layer])]
+        for name in by_number[0]:
+            tensors[f"{prefix}experts.{name}"] = torch.stack([parts[name] for parts in by_number])
+    return tensors
+
+
+def _assembled(path: Path) -> dict[str, Tensor]:
+    """Of ZeRO 3: every rank's file has an equal part of each parameter, one after the other, the last ones padded."""
+    states = sorted(path.glob("zero_pp_rank_*_mp_rank_00_optim_states.pt"), key=lambda file: int(file.name.split("_")[3]))
+    ranks = [torch.cat(_read(file)["optimizer_state_dict"]["fp32_flat_groups"]) for file in states]
+    about = _read(path / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    tensors = {name: about["module"][name] for name in about["buffer_names"]}
+    start = 0
+    for name, shape in ((name, shape) for group in about["param_shapes"] for name, shape in group.items()):
+        size = math.prod(shape)
+        part = math.ceil(size / len(ranks))
+        tensors[name] = torch.cat([flat[start : start + part] for flat in ranks])[:size].view(shape)
+        start += part
+    return {name.removeprefix(_DECODER): tensor for name, tensor in tensors.items()}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What DeepSpeed pickled, on the host; nothing in it is run but the names of DeepSpeed that it always holds."""
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _by_age(directory: Path) -> list[Path]:
+    """Whole checkpoints, newest first."""
+    found = [path for path in directory.glob("step-*") if _COMPLETE.fullmatch(path.name) and (path / FILE).is_file()]
+    latest = directory / _LATEST
+    last = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
+    return sorted(found, key=lambda path: (path.name == last, _step(path), len(path.name), path.name), reverse=True)
+
+
+def _step(path: Path) -> int:
+    match = _COMPLETE.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
