@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor, Placement
 from ...kernels.backend import Backend
 from .factored import FactoredStep, Matrices
 from .factors import as_matrices, is_stack, matrix_size, new_factors, placements_of, wide
+from .finite import are_too_large
 from .full import step_full
 from .momentum import Momentum, new_momentum
 from .rank import is_factored, max_rank
@@ -33,6 +33,16 @@ _FACTORS = ("Q", "U", "rank", "xi", "true_xi")
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
+@dataclass(frozen=True)
+class Given:
+    """A parameter as the optimizer was given it; engines may put others in its place."""
+
+    name: str
+    place: int
+    """Among all parameters of the model: what its random columns are drawn by."""
+    is_matrix: bool
+
+
 class Adapprox(torch.optim.Optimizer):
     """AdamW's update, clipped, with its second moment in (m + n) k numbers a matrix instead of m n.
 
@@ -46,7 +56,11 @@ class Adapprox(torch.optim.Optimizer):
 
     Parameters may be plain tensors or DTensors sharded by rows, columns or experts (FSDP2, tensor and expert
     parallel). Randomness is a function of (seed, place of the parameter, step): replicas stay equal without
-    communication, and state holds tensors only.
+    communication, and state holds tensors only. A group may say the `places` of its parameters itself, where the model
+    has parameters that are not this optimizer's, or in another order.
+
+    Engines that put flat partitions in the place of parameters (DeepSpeed's ZeRO, Megatron's distributed optimizer)
+    need `follow_zero` or `follow_megatron`, of the modules beside this one: a vector has no factors.
     """
 
     def __init__(
@@ -136,6 +150,7 @@ class Adapprox(torch.optim.Optimizer):
         self.skipped_steps = 0
         self._seconds: dict[Tensor, float] = {}
         self._warned: set[Tensor] = set()
+        self.given: dict[Tensor, Given] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -150,6 +165,9 @@ class Adapprox(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        names = group.get("param_names") or [""] * len(group["params"])
+        for parameter, name, place in zip(group["params"], names, self._places(group), strict=True):
+            self.given[parameter] = Given(name, place, parameter.dim() >= 2)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in _OWN}
@@ -163,10 +181,11 @@ class Adapprox(torch.optim.Optimizer):
                 group.setdefault(name, value)
         self.__dict__.setdefault("_seconds", {})
         self.__dict__.setdefault("_warned", set())
+        self.__dict__.setdefault("given", {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; state keeps its own dtypes. Raises ValueError for state of other shapes, and changes nothing."""
-        _check_state(self.param_groups, state_dict)
+        check_state(self.param_groups, state_dict)
         super().load_state_dict(state_dict)
         # torch casts state to the dtype of its parameter: what was saved is put back.
         for parameter, saved in _saved_state(self.param_groups, state_dict):
@@ -189,14 +208,13 @@ class Adapprox(torch.optim.Optimizer):
             self.skipped_steps += 1
             return loss
         with torch.autocast(self._device().type, enabled=False):
-            self._step()
+            self.step_checked()
         return loss
 
-    def _step(self) -> None:
-        place = 0
+    def step_checked(self) -> None:
+        """As `step`, of gradients that the caller knows to be finite, where no gradient is recorded."""
         for group in self.param_groups:
-            places = {parameter: place + i for i, parameter in enumerate(group["params"])}
-            place += len(places)
+            places = dict(zip(group["params"], self._places(group), strict=True))
             present = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in present:
                 if not self.state[parameter]:
@@ -228,7 +246,17 @@ class Adapprox(torch.optim.Optimizer):
         """How the state of `parameter` under `key` lies over its ranks."""
         return placements_of(parameter, key) if key in _FACTORS else parameter.placements
 
+    def _places(self, group: dict[str, Any]) -> Sequence[int]:
+        """Of a group's parameters among those of the whole model."""
+        if "places" in group:
+            return group["places"]
+        before = next(i for i, other in enumerate(self.param_groups) if other is group)
+        first = sum(len(other["params"]) for other in self.param_groups[:before])
+        return range(first, first + len(group["params"]))
+
     def _create(self, group: dict[str, Any], parameter: Tensor) -> None:
+        if parameter not in self.given:
+            self._refuse_partitions(parameter)
         state = self.state[parameter]
         state["step"] = torch.zeros((), dtype=torch.float32)
         size = matrix_size(parameter)
@@ -239,6 +267,15 @@ class Adapprox(torch.optim.Optimizer):
         else:
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=wide(parameter.dtype))
         state.update(new_momentum(parameter, group["momentum"], as_matrix="Q" in state))
+
+    def _refuse_partitions(self, parameter: Tensor) -> None:
+        there = any(other.dim() >= 2 for group in self.param_groups for other in group["params"])
+        if not there and any(given.is_matrix for given in self.given.values()):
+            raise RuntimeError(
+                f"a vector of {parameter.numel()} numbers stands in the place of the matrices this optimizer was made "
+                f"of, as flat partitions do, and has no factors; call wastenot.parallel.optim.zero.follow_zero(engine) "
+                f"after deepspeed.initialize, or see docs/adapprox.md for Megatron"
+            )
 
     def _matrices(self, group: dict[str, Any], present: list[Tensor], places: dict[Tensor, int]) -> list[Matrices]:
         """What is stepped together: small matrices of one shape as a stack, all else by itself."""
@@ -282,7 +319,7 @@ class Adapprox(torch.optim.Optimizer):
                 if self.expert_group is not None and is_stack(parameter):
                     stacks.append((parameter, grad is not None))
         device = self._device()
-        bad = _are_too_large([local(grad) for _, grad in present], device)
+        bad = are_too_large([local(grad) for _, grad in present], device)
         for flag, (parameter, _) in zip(bad[1:], present, strict=True):
             shards_of(parameter, True).largest(flag)
         wrong = bad.amax()
@@ -343,25 +380,6 @@ class Adapprox(torch.optim.Optimizer):
         return f"a parameter {list(parameter.shape)}"
 
 
-def _are_too_large(grads: list[Tensor], device: torch.device) -> Tensor:
-    """1 for each with an entry that is NaN or infinite, or whose square is, else 0; before them one more 0.
-
-    A rank may have no gradient and still be asked.
-    """
-    nothing = torch.zeros((), device=device)
-    there = [grad for grad in grads if grad.numel()]
-    if device.type == "cpu":
-        # Twenty times as fast as the norm.
-        found = iter([torch.stack(torch.aminmax(grad)).abs_().amax() for grad in there])
-    else:
-        found = iter(torch._foreach_norm(there, math.inf) if there else [])  # pyright: ignore[reportPrivateImportUsage]
-    tops = [next(found).to(device, wide(grad.dtype)) if grad.numel() else nothing for grad in grads]
-    if len({top.dtype for top in tops}) > 1:
-        # What is infinite in its own dtype stays so.
-        return (~torch.stack([nothing, *(top.square() for top in tops)]).isfinite()).float()
-    return (~torch.stack([torch.zeros_like(tops[0]) if tops else nothing, *tops]).square().isfinite()).float()
-
-
 _CHOICES = {
     "momentum": ("fp32", "bf16", "int8", "none"),
     "start": ("warm", "gaussian"),
@@ -402,7 +420,7 @@ def _saved_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> li
     ]
 
 
-def _check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
+def check_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
     """Raises ValueError where saved state is not that of parameters of these shapes."""
     counts = [len(group["params"]) for group in groups]
     saved_counts = [len(group["params"]) for group in state_dict["param_groups"]]
