@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class PipelinedStepper(Stepper):
         config, mesh, stages = self.config, self.mesh, self.model.stages
         self._share = config.train.batch // config.train.accumulate // mesh.batch.size
         tokens_in_batch = config.train.batch * config.data.seq_len
-        self._tally = _Tally(config, mesh.device)
+        self._tally = Tally(config, mesh.device)
 
         def loss(hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
             with computing_in(config.train.precision, mesh.device):
@@ -40,7 +41,7 @@ class PipelinedStepper(Stepper):
         self._pipeline = Pipeline(
             config.parallel,
             stages,
-            [_Learning(Section(self.model, stage), config, mesh, self._share, self._tally) for stage in stages.own],
+            [Learning(Section(self.model, stage), config, mesh, self._share, self._tally) for stage in stages.own],
             loss,
             config.train.accumulate,
             Shapes(tokens, hidden, next(self.model.parameters()).dtype),
@@ -77,7 +78,7 @@ class PipelinedStepper(Stepper):
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-class _Tally:
+class Tally:
     """What the stages of this rank saw in one step, in tables of the whole model."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
@@ -101,18 +102,30 @@ class _Tally:
             self.shown[name] = self.shown.get(name, 0) + value / self._accumulate
 
 
-class _Learning(nn.Module):
+class Running(Protocol):
+    """A stage that runs: a `Section` of our decoder, or another engine's model."""
+
+    moe_layers: list[int]
+    """Numbers of its MoE layers among those of the model, in order."""
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, list[Routing]]:
+        """What it passes on, and the routings of its MoE layers, with their graph."""
+        ...
+
+
+class Learning(nn.Module):
     """A stage in training: counts its routings, and lets their losses take part in its backward."""
 
-    def __init__(self, section: Section, config: TrainConfig, mesh: Mesh, sequences: int, tally: _Tally) -> None:
+    def __init__(self, section: Running, config: TrainConfig, mesh: Mesh, sequences: int, tally: Tally) -> None:
+        """`sequences` of a micro-batch on this rank."""
         super().__init__()
         self.section, self.sequences = section, sequences
         self.config, self.mesh, self.tally = config, mesh, tally
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         config = self.config
         with computing_in(config.train.precision, self.mesh.device):
-            x_BSD, routings = self.section(x)
+            x_BSD, routings = self.section(*inputs)
         auxiliary, values = auxiliary_loss(routings, config.router, self.mesh, self.sequences, self.tally.num_layers)
         self.tally.add(self.section.moe_layers, routings, values)
         # What is not finite ends in a skipped step, as without debug.

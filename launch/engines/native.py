@@ -21,7 +21,7 @@ from ..optimizer_config import refuse_state_of_others
 from ..resumed import find_resumed
 from ..saved_run import refuse_quantized
 from ..start import load_start
-from ..step import StepResult, make_stepper
+from ..step import Stepper, StepResult, make_stepper
 from ..teacher import Teacher, open_teacher
 from ..zeros import keep_zeros
 from .decoder import count_parameters, evaluate_decoder, generate_from, new_decoder
@@ -47,7 +47,7 @@ class NativeEngine:
         self.optimizer = make_optimizer(self.model, config.optimizer)
         gradients = Gradients(self.model, mesh, config.parallel.bucket_bytes)
         samples = Samples(ground.train, config.data.seq_len, config.train.seed)
-        self.stepper = make_stepper(config, mesh, self.model, self.optimizer, gradients, samples, self.teacher)
+        self.stepper = self.make_stepper(gradients, samples)
         self.recompute: RecomputeLoop | None = None
         if config.recompute.mode == "lynx":
             # Imported here: planners take a second that others need not spend.
@@ -59,6 +59,11 @@ class NativeEngine:
         )
         experts = expert_parameter_names(self.model)
         self.is_expert = lambda name: name in experts
+
+    def make_stepper(self, gradients: Gradients, samples: Samples) -> Stepper:
+        """What steps the model; all ranks call it together."""
+        ground = self.ground
+        return make_stepper(ground.config, ground.mesh, self.model, self.optimizer, gradients, samples, self.teacher)
 
     def restore(self) -> Restored | None:
         config, mesh = self.ground.config, self.ground.mesh

@@ -1,0 +1,201 @@
+"""A GPTModel of Megatron-Core that computes what our decoder does, in the decoder's own memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from ...moe.adapters.megatron_gate import Gate
+from ...moe.adapters.megatron_names import Link, gpt_links, to_megatron
+from ...moe.decoder import Decoder
+from ...moe.layer import MoELayer
+from ...moe.routing import Routing
+from ...parallel.expert import local_experts
+from ...parallel.mesh import Axis, Mesh
+from ..config import TrainConfig
+
+
+def make_groups(config: TrainConfig, mesh: Mesh) -> None:
+    """Megatron's process groups, over the same ranks as ours; all ranks call it together.
+
+    A run of one rank has no process group, and Megatron wants one: then one is made.
+    """
+    if not dist.is_initialized():
+        backend = "nccl" if mesh.device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(
+        pipeline_model_parallel_size=mesh.pipeline.size,
+        expert_model_parallel_size=mesh.expert.size,
+        distributed_timeout_minutes=timedelta(seconds=config.parallel.timeout_seconds) / timedelta(minutes=1),  # pyright: ignore[reportArgumentType]
+        create_gloo_process_groups=False,
+    )
+    theirs = {
+        "pipeline": parallel_state.get_pipeline_model_parallel_group(),
+        "stage": parallel_state.get_data_parallel_group(),
+        "expert": parallel_state.get_expert_model_parallel_group(),
+        "expert_data": parallel_state.get_expert_data_parallel_group(),
+    }
+    for name, group in theirs.items():
+        found, ours = dist.get_process_group_ranks(group), _ranks(getattr(mesh, name))
+        assert found == ours, f"Megatron-Core's {name} ranks are {found}, ours {ours}"
+
+
+def _ranks(axis: Axis) -> list[int]:
+    return [dist.get_rank()] if axis.group is None else dist.get_process_group_ranks(axis.group)
+
+
+class MegatronModel(nn.Module):
+    """This rank's stage of the GPTModel, in Megatron's DistributedDataParallel."""
+
+    def __init__(self, config: TrainConfig, mesh: Mesh, decoder: Decoder) -> None:
+        """Of the weights of `decoder`, which it shares: a step of an optimizer on them is one on the model, but for
+        the matrices that Megatron fuses, which `refresh` brings up to date."""
+        super().__init__()
+        self.mesh, self.moe_layers = mesh, decoder.moe_layers
+        tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
+        self.config = transformer_config(config, mesh, decoder)
+        model: Any = GPTModel(
+            self.config,
+            _layers(config, mesh, decoder, self.config),
+            vocab_size=config.model.vocab_size,
+            max_sequence_length=config.data.seq_len,
+            pre_process=decoder.stages.has_first,
+            post_process=decoder.stages.has_last,
+            share_embeddings_and_output_weights=config.model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=config.model.rope_theta,  # pyright: ignore[reportArgumentType]
+        ).to(mesh.device)
+        self.links = links_of(config, mesh, decoder)
+        self.ours, self.theirs = dict(decoder.named_parameters()), dict(model.named_parameters())
+        _share(self.links, self.ours, self.theirs)
+        self.gates = [module for module in model.modules() if isinstance(module, Gate)]
+        layers = [module for module in decoder.modules() if isinstance(module, MoELayer)]
+        for gate, layer in zip(self.gates, layers, strict=True):
+            gate.bias_E = layer.router.bias_E
+        # Gradients are sums over ranks: every loss is divided by the counts of the global batch.
+        buckets = DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=config.parallel.bucket_bytes // 4)
+        self.parallel: Any = DistributedDataParallel(self.config, buckets, model)
+        self.config.no_sync_func = self.parallel.no_sync
+        S = config.data.seq_len
+        self.positions_1S = torch.arange(S, device=mesh.device).unsqueeze(0)
+        self.masked_11SS = torch.ones(1, 1, S, S, dtype=torch.bool, device=mesh.device).triu(1)
+        self.refresh()
+
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, list[Routing]]:
+        """Of the last stage the loss of each token [B, S] in nats, of others hidden states [S, B, D]; and routings."""
+        routings: list[Routing] = []
+        for gate in self.gates:
+            gate.on_routing = routings.append
+        positions_BS = self.positions_1S.expand_as(tokens_BS)
+        return self.parallel(tokens_BS, positions_BS, self.masked_11SS, labels=targets_BS), routings
+
+    def refresh(self) -> None:
+        """After a change of our weights: those that Megatron fuses follow."""
+        to_megatron([link for link in self.links if link.is_fused], self.ours, self.theirs)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """By Megatron's names; summed over ranks when the last backward is through."""
+        return {name: p.main_grad for name, p in self.theirs.items()}
+
+
+def links_of(config: TrainConfig, mesh: Mesh, decoder: Decoder) -> list[Link]:
+    """Of all parameters of this rank."""
+    moe, stages = config.model.moe, decoder.stages
+    held = 0 if moe is None else len(local_experts(moe.experts, mesh.expert))
+    return gpt_links(config.model, stages.held, held, (stages.has_first, stages.has_last))
+
+
+def transformer_config(config: TrainConfig, mesh: Mesh, decoder: Decoder) -> TransformerConfig:
+    """Ours in Megatron's words. Fusions that want TransformerEngine or apex are off."""
+    model, moe, router = config.model, config.model.moe, config.router
+    experts: dict[str, Any] = {}
+    if moe is not None:
+        experts = {
+            "num_moe_experts": moe.experts,
+            "moe_ffn_hidden_size": moe.d_expert,
+            "moe_shared_expert_intermediate_size": moe.shared_experts * moe.d_expert or None,
+            "moe_layer_freq": [int(model.is_moe(layer)) for layer in range(model.layers)],
+            "moe_router_topk": router.top_k,
+            # Our gate drops. With a factor set, the dispatcher counts the rows that are left.
+            "moe_expert_capacity_factor": router.capacity_factor,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "alltoall",
+            "expert_model_parallel_size": mesh.expert.size,
+        }
+    if mesh.pipeline.size > 1:
+        stages = [["decoder"] * len(layers) for layers in decoder.stages.layers]
+        stages[0].insert(0, "embedding")
+        stages[-1].append("loss")
+        experts |= {
+            "pipeline_model_parallel_size": mesh.pipeline.size,
+            "pipeline_model_parallel_layout": stages,
+            "pipeline_dtype": next(decoder.parameters()).dtype,
+        }
+    return TransformerConfig(
+        **experts,
+        num_layers=model.layers,
+        hidden_size=model.d_model,
+        num_attention_heads=model.heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_width,
+        ffn_hidden_size=model.dense_width,
+        qk_layernorm=model.qk_norm == "head",
+        layernorm_epsilon=model.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=next(decoder.parameters()).dtype,
+        # The weights are there already.
+        perform_initialization=False,
+        # Gradients are summed, not averaged.
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _layers(config: TrainConfig, mesh: Mesh, decoder: Decoder, theirs: TransformerConfig) -> Any:
+    """Megatron's specification of the layers that this rank holds."""
+    norms = {"qk_layernorm": theirs.qk_layernorm, "normalization": "RMSNorm"}
+    dense: Any = get_gpt_layer_local_spec(**norms)
+    sparse: Any = None
+    if theirs.num_moe_experts is not None:
+        sparse = get_gpt_layer_local_spec(theirs.num_moe_experts, moe_grouped_gemm=False, **norms)
+        gate = partial(Gate, router=config.router, mesh=mesh, backend=config.kernels)
+        # Copies: Megatron hands the same submodules to whoever asks.
+        mlp = replace(sparse.submodules.mlp, submodules=replace(sparse.submodules.mlp.submodules, router=gate))
+        sparse = replace(sparse, submodules=replace(sparse.submodules, mlp=mlp))
+    layers = [sparse if config.model.is_moe(layer) else dense for layer in decoder.stages.held]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=dense.submodules.input_layernorm)
+
+
+def _share(links: Sequence[Link], ours: dict[str, nn.Parameter], theirs: dict[str, nn.Parameter]) -> None:
+    """Makes each of their tensors a view of ours, but for fused ones. Raises ValueError where one is left over."""
+    named = {link.theirs for link in links}, {link.ours for link in links}
+    for found, expected in zip(named, (theirs, ours), strict=True):
+        assert found == set(expected), f"without a counterpart: {sorted(found ^ set(expected))}"
+    for link in links:
+        if not link.is_fused:
+            theirs[link.theirs].data = link.part(ours[link.ours].data)
