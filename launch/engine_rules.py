@@ -41,9 +41,41 @@ def deepspeed_has_no_stages(config: TrainConfig) -> list[Violation]:
     return [Violation(("parallel.pipeline", "engine"), message)]
 
 
+def megatron_has_words(config: TrainConfig) -> list[Violation]:
+    """What Megatron-Core's model, pipeline and dispatcher cannot be told."""
+    if config.engine != "megatron":
+        return []
+    moe, parallel = config.model.moe, config.parallel
+    cannot = [
+        ("model.qk_norm", "full", "norms go over one head there; use head or none"),
+        ("train.precision", "fp64", "its norms and rotary embeddings are fp32; use fp32"),
+    ]
+    if moe is not None:
+        cannot.append(("model.moe.dispatch", "padded", "its dispatcher sends the rows that there are; use ragged"))
+        if config.router.kind != "learned":
+            cannot.append(("router.kind", config.router.kind, "is for benchmarks of our own layer; use learned"))
+    if parallel.pipeline > 1 and parallel.schedule != "1f1b":
+        cannot.append(("parallel.schedule", parallel.schedule, "stages run one forward, one backward there; use 1f1b"))
+    return [
+        Violation((path, "engine"), f"{value} has no counterpart in Megatron-Core: {why}, or engine: native")
+        for path, value, why in cannot
+        if _at(config, path) == value
+    ]
+
+
 def engine_is_installed(config: TrainConfig) -> list[Violation]:
     missing = what_is_missing(config.engine)
     return [Violation(("engine",), missing)] if missing else []
+
+
+def megatron_has_devices(config: TrainConfig) -> list[Violation]:
+    if config.engine != "megatron" or what_is_missing("megatron"):
+        return []
+    import torch  # Which nothing else here needs.
+
+    if torch.cuda.device_count():
+        return []
+    return [Violation(("engine",), "Megatron-Core computes on CUDA devices, and this machine has none; use native")]
 
 
 def deepspeed_json_exists(config: TrainConfig) -> list[Violation]:
@@ -53,8 +85,8 @@ def deepspeed_json_exists(config: TrainConfig) -> list[Violation]:
     return [Violation(("deepspeed.json",), f"{path!r} is no file; give a DeepSpeed JSON, or null")]
 
 
-ENGINE_RULES = (others_do_what_they_can, deepspeed_has_no_stages)
-ENGINE_FILE_RULES = (engine_is_installed, deepspeed_json_exists)
+ENGINE_RULES = (others_do_what_they_can, deepspeed_has_no_stages, megatron_has_words)
+ENGINE_FILE_RULES = (engine_is_installed, megatron_has_devices, deepspeed_json_exists)
 
 
 def _at(config: object, path: str) -> object:

@@ -6,8 +6,13 @@ checkpoints and generation are the native engine's, so that a run goes on, or is
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from ...parallel.gradients import Gradients
 from ..data import Samples
+from ..evaluate import Evaluation, judged
 from .engine import Restored
 from .megatron_model import MegatronModel, make_groups
 from .megatron_step import MegatronStepper
@@ -30,3 +35,20 @@ class MegatronEngine(NativeEngine):
         restored = super().restore()
         self.theirs.refresh()
         return restored
+
+    def evaluate(self, progress: Callable[[int, int], None]) -> Evaluation:
+        """By Megatron's model, in its schedule."""
+        ground, theirs = self.ground, self.theirs
+        data, train = ground.config.data, ground.config.train
+
+        def judge(tokens_BS: Tensor, targets_BS: Tensor, text: int) -> Tensor | None:
+            batch = (tokens_BS, targets_BS)
+            losses = theirs.run([batch], lambda *batch: theirs(*batch)[0], tokens=1, forward_only=True)
+            return losses[0] if losses else None
+
+        theirs.eval()
+        result = judged(
+            judge, ground.held_out, ground.mesh, seq_len=data.seq_len, batch=train.eval_batch, progress=progress
+        )
+        theirs.train()
+        return result

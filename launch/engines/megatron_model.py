@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -15,6 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from ...moe.routing import Routing
 from ...parallel.expert import local_experts
 from ...parallel.mesh import Axis, Mesh
 from ..config import TrainConfig
+from ..precision import compute_dtype
 
 
 def make_groups(config: TrainConfig, mesh: Mesh) -> None:
@@ -59,12 +61,16 @@ def _ranks(axis: Axis) -> list[int]:
     return [dist.get_rank()] if axis.group is None else dist.get_process_group_ranks(axis.group)
 
 
+Batch = tuple[Tensor, Tensor]
+"""Inputs and targets [B, S] of a micro-batch on this rank; targets below 0 count nothing."""
+
+
 class MegatronModel(nn.Module):
     """This rank's stage of the GPTModel, in Megatron's DistributedDataParallel."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh, decoder: Decoder) -> None:
-        """Of the weights of `decoder`, which it shares: a step of an optimizer on them is one on the model, but for
-        the matrices that Megatron fuses, which `refresh` brings up to date."""
+        """Of the weights of `decoder`, whose memory it shares; but the matrices that Megatron fuses, and all that computes
+        in bf16, are copies, which follow at a `refresh`."""
         super().__init__()
         self.mesh, self.moe_layers = mesh, decoder.moe_layers
         tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
@@ -79,18 +85,23 @@ class MegatronModel(nn.Module):
             share_embeddings_and_output_weights=config.model.tie_embeddings,
             position_embedding_type="rope",
             rotary_base=config.model.rope_theta,  # pyright: ignore[reportArgumentType]
-        ).to(mesh.device)
+        ).to(mesh.device, self.config.params_dtype)
+        self.gates = [module for module in model.modules() if isinstance(module, Gate)]
+        for gate in self.gates:
+            gate.float()
         self.links = links_of(config, mesh, decoder)
         self.ours, self.theirs = dict(decoder.named_parameters()), dict(model.named_parameters())
-        _share(self.links, self.ours, self.theirs)
-        self.gates = [module for module in model.modules() if isinstance(module, Gate)]
+        self.copied = _share(self.links, self.ours, self.theirs)
         layers = [module for module in decoder.modules() if isinstance(module, MoELayer)]
         for gate, layer in zip(self.gates, layers, strict=True):
             gate.bias_E = layer.router.bias_E
         # Gradients are sums over ranks: every loss is divided by the counts of the global batch.
-        buckets = DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=config.parallel.bucket_bytes // 4)
-        self.parallel: Any = DistributedDataParallel(self.config, buckets, model)
+        reduction = DistributedDataParallelConfig(
+            overlap_grad_reduce=True, grad_reduce_in_fp32=True, bucket_size=config.parallel.bucket_bytes // 4
+        )
+        self.parallel: Any = DistributedDataParallel(self.config, reduction, model)
         self.config.no_sync_func = self.parallel.no_sync
+        self._schedule: Any = get_forward_backward_func()
         S = config.data.seq_len
         self.positions_1S = torch.arange(S, device=mesh.device).unsqueeze(0)
         self.masked_11SS = torch.ones(1, 1, S, S, dtype=torch.bool, device=mesh.device).triu(1)
@@ -102,15 +113,46 @@ class MegatronModel(nn.Module):
         for gate in self.gates:
             gate.on_routing = routings.append
         positions_BS = self.positions_1S.expand_as(tokens_BS)
-        return self.parallel(tokens_BS, positions_BS, self.masked_11SS, labels=targets_BS), routings
+        # bf16 weights are bf16 here.
+        with torch.autocast(self.mesh.device.type, enabled=False):
+            return self.parallel(tokens_BS, positions_BS, self.masked_11SS, labels=targets_BS), routings
+
+    def run(
+        self, batches: Sequence[Batch], forward: Callable[..., Tensor], tokens: int, forward_only: bool = False
+    ) -> list[Tensor]:
+        """Megatron's schedule over micro-batches of one shape, each through `forward(inputs, targets)`: this model, or
+        what is around it. Gives on the last stage the sum of nats of each, divided by `tokens`; without `forward_only`
+        these have been backward too."""
+
+        def step(batches: Iterator[Batch], model: object) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+            inputs_BS, targets_BS = next(batches)
+            return forward(inputs_BS, targets_BS), partial(_judge, targets_BS, tokens)
+
+        B, S = batches[0][0].shape
+        return self._schedule(
+            forward_step_func=step,
+            data_iterator=iter(batches),
+            model=self.parallel,
+            num_microbatches=len(batches),
+            seq_length=S,
+            micro_batch_size=B,
+            forward_only=forward_only,
+        )
 
     def refresh(self) -> None:
-        """After a change of our weights: those that Megatron fuses follow."""
-        to_megatron([link for link in self.links if link.is_fused], self.ours, self.theirs)
+        """After a change of our weights: copies of them follow."""
+        to_megatron(self.copied, self.ours, self.theirs)
 
     def gradients(self) -> dict[str, Tensor]:
         """By Megatron's names; summed over ranks when the last backward is through."""
         return {name: p.main_grad for name, p in self.theirs.items()}
+
+
+def _judge(targets_BS: Tensor, tokens: int, nats_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In Megatron's order: what is minimised, of how many tokens, and what is handed back."""
+    counted_BS = targets_BS >= 0
+    nats = (nats_BS * counted_BS).sum() / tokens
+    return nats, counted_BS.sum().int(), nats.detach()
 
 
 def links_of(config: TrainConfig, mesh: Mesh, decoder: Decoder) -> list[Link]:
@@ -123,6 +165,7 @@ def links_of(config: TrainConfig, mesh: Mesh, decoder: Decoder) -> list[Link]:
 def transformer_config(config: TrainConfig, mesh: Mesh, decoder: Decoder) -> TransformerConfig:
     """Ours in Megatron's words. Fusions that want TransformerEngine or apex are off."""
     model, moe, router = config.model, config.model.moe, config.router
+    dtype = compute_dtype(config.train.precision)
     experts: dict[str, Any] = {}
     if moe is not None:
         experts = {
@@ -131,6 +174,7 @@ def transformer_config(config: TrainConfig, mesh: Mesh, decoder: Decoder) -> Tra
             "moe_shared_expert_intermediate_size": moe.shared_experts * moe.d_expert or None,
             "moe_layer_freq": [int(model.is_moe(layer)) for layer in range(model.layers)],
             "moe_router_topk": router.top_k,
+            "moe_router_dtype": "fp32",
             # Our gate drops. With a factor set, the dispatcher counts the rows that are left.
             "moe_expert_capacity_factor": router.capacity_factor,
             "moe_router_load_balancing_type": "none",
@@ -144,7 +188,7 @@ def transformer_config(config: TrainConfig, mesh: Mesh, decoder: Decoder) -> Tra
         experts |= {
             "pipeline_model_parallel_size": mesh.pipeline.size,
             "pipeline_model_parallel_layout": stages,
-            "pipeline_dtype": next(decoder.parameters()).dtype,
+            "pipeline_dtype": dtype,
         }
     return TransformerConfig(
         **experts,
@@ -162,7 +206,8 @@ def transformer_config(config: TrainConfig, mesh: Mesh, decoder: Decoder) -> Tra
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        params_dtype=next(decoder.parameters()).dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
         # The weights are there already.
         perform_initialization=False,
         # Gradients are summed, not averaged.
@@ -191,11 +236,16 @@ def _layers(config: TrainConfig, mesh: Mesh, decoder: Decoder, theirs: Transform
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=dense.submodules.input_layernorm)
 
 
-def _share(links: Sequence[Link], ours: dict[str, nn.Parameter], theirs: dict[str, nn.Parameter]) -> None:
-    """Makes each of their tensors a view of ours, but for fused ones. Raises ValueError where one is left over."""
+def _share(links: Sequence[Link], ours: dict[str, nn.Parameter], theirs: dict[str, nn.Parameter]) -> list[Link]:
+    """Makes their tensors views of ours, but for fused ones and those of another dtype; gives the links of these."""
     named = {link.theirs for link in links}, {link.ours for link in links}
     for found, expected in zip(named, (theirs, ours), strict=True):
         assert found == set(expected), f"without a counterpart: {sorted(found ^ set(expected))}"
+    copied = []
     for link in links:
-        if not link.is_fused:
-            theirs[link.theirs].data = link.part(ours[link.ours].data)
+        p, q = ours[link.ours], theirs[link.theirs]
+        if link.is_fused or p.dtype != q.dtype:
+            copied.append(link)
+        else:
+            q.data = link.part(p.data)
+    return copied

@@ -48,7 +48,7 @@ class Gate(TopKRouter):
     def set_layer_number(self, layer_number: int) -> None:
         """Megatron numbers its layers; nothing here depends on that."""
 
-    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: A002 # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Weights and map, [T, E], of tokens [S, B, D]; nothing is padded.
 
         Tokens are decided on in our order, sequence after sequence: who comes first may get the last slot.
