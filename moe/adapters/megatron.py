@@ -16,6 +16,7 @@ experts are padded to their capacity: these have no row beyond it.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -57,7 +58,24 @@ def rectify_spec(spec: Any, rectify: RectifyConfig, *, normalize: Normalize | No
     Raises ValueError where `spec` has no MoE layer, or one whose router is not Megatron's TopKRouter.
     """
     router = ModuleSpec(module=RectifyRouter, params={"rectify": rectify, "normalize": normalize})
-    changed = _with_router(spec, router)
+
+    def with_router(node: Any) -> Any:
+        if not isinstance(node, MoESubmodules):
+            return node
+        before = getattr(node.router, "module", node.router)
+        if before not in (TopKRouter, RectifyRouter):
+            raise ValueError(f"spec: has {before} as a router already; rectify_spec replaces Megatron's TopKRouter")
+        return replace(node, router=router)
+
+    return replaced(spec, with_router)
+
+
+def replaced(spec: Any, change: Callable[[Any], Any]) -> Any:
+    """`spec` with what `change` makes of each node below it; nodes that it returns as they are, it looks into.
+
+    Raises ValueError where nothing changed: a specification without MoE layers.
+    """
+    changed = _walk(spec, change)
     if changed is spec:
         raise ValueError(
             "spec: has no MoE layer; make one with num_experts, say get_gpt_layer_local_spec(num_experts=8)"
@@ -78,7 +96,7 @@ class RectifyRouter(TopKRouter):
         normalize: Normalize | None = None,
     ) -> None:
         """Raises ValueError where `config` has no capacity factor, or options that leave no room for `rectify`."""
-        _check(config, rectify)
+        self.check(config, rectify)
         # What runs before our part must not drop. The dispatcher reads the real config, and then counts its rows.
         dropless = copy.copy(config)
         dropless.moe_expert_capacity_factor = None
@@ -89,7 +107,12 @@ class RectifyRouter(TopKRouter):
         own = own_experts(num_experts, local_experts(num_experts, axis), blocks=1, rank=0, emulate=None)
         self.rectifier = Rectifier(self.routing_config, own)
 
-    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def check(config: TransformerConfig, rectify: RectifyConfig) -> None:
+        """Raises ValueError where Megatron would not do what our routing says."""
+        _check(config, rectify)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Any, Tensor]:
         """Weights and map, [T, E], of logits [S, B, E]."""
         stock_TE, chosen_TE = super().routing(logits, padding_mask)
         generates = logits.size(0) == 1 and not self.training
@@ -103,8 +126,11 @@ class RectifyRouter(TopKRouter):
         # Megatron hung its losses on its own weights: these stay in the graph, with a zero gradient.
         return weights_TE.type_as(stock_TE) + 0 * stock_TE, map_TE
 
-    def decide(self, logits_TE: Tensor, chosen_TE: Tensor) -> Routing:
-        """The rectified routing of the top_k experts per token that Megatron chose, a mask; in fp32 or wider."""
+    def decide(self, logits_TE: Tensor, chosen_TE: Tensor, dropless: bool = False) -> Routing:
+        """The rectified routing of the top_k experts per token that Megatron chose, a mask; in fp32 or wider.
+
+        `dropless` lifts any capacity: nothing is left to rectify.
+        """
         config = self.routing_config
         logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
         scores_TE = scores(logits_TE, config.score)
@@ -117,7 +143,8 @@ class RectifyRouter(TopKRouter):
         if config.rectify.fill:
             next_TJ = select(order_TE.masked_fill(chosen_TE, barred), config.rectify.fill_ranks)
             best_TK = torch.cat([best_TK, next_TJ], 1)
-        return self.rectifier(place(best_TK, logits_TE, probs_TE, config))
+        routing = place(best_TK, logits_TE, probs_TE, config, dropless=dropless)
+        return routing if routing.capacity is None else self.rectifier(routing)
 
 
 def weights_and_map(routing: Routing) -> tuple[Tensor, Tensor]:
@@ -155,15 +182,23 @@ def router_config(
     )
 
 
+def check_choices(config: TransformerConfig, rectify: RectifyConfig) -> None:
+    """Raises ValueError where `config` leaves no room for `rectify`, whoever dispatches."""
+    if config.moe_router_load_balancing_type == "sinkhorn":
+        raise ValueError("moe_router_load_balancing_type: sinkhorn has no place for capacity; use aux_loss")
+    if config.moe_router_num_groups and rectify.fill:
+        raise ValueError("moe_router_num_groups: fill would leave the chosen groups; use fill=False")
+    choices, experts = config.moe_router_topk + rectify.fill * rectify.fill_ranks, config.num_moe_experts or 0
+    if choices > experts:
+        raise ValueError(f"fill_ranks: {choices} choices among {experts} experts; use {experts} choices at most")
+
+
 def _check(config: TransformerConfig, rectify: RectifyConfig) -> None:
-    """Raises ValueError where Megatron would not do what our routing says."""
     if config.moe_expert_capacity_factor is None:
         raise ValueError(
             "moe_expert_capacity_factor: None drops nothing and pads nothing; set one, for example 1.0, or leave "
             "Megatron's own router in place"
         )
-    if config.moe_router_load_balancing_type == "sinkhorn":
-        raise ValueError("moe_router_load_balancing_type: sinkhorn has no place for capacity; use aux_loss")
     if config.moe_token_dispatcher_type == "flex":
         raise ValueError(
             "moe_token_dispatcher_type: flex sends moe_router_topk rows per token and would lose others; use alltoall"
@@ -173,25 +208,19 @@ def _check(config: TransformerConfig, rectify: RectifyConfig) -> None:
             "moe_pad_expert_input_to_capacity: padded experts have no rows beyond their capacity, which intra adds; "
             "use False, or intra=False"
         )
-    if config.moe_router_num_groups and rectify.fill:
-        raise ValueError("moe_router_num_groups: fill would leave the chosen groups; use fill=False")
-    choices, experts = config.moe_router_topk + rectify.fill * rectify.fill_ranks, config.num_moe_experts or 0
-    if choices > experts:
-        raise ValueError(f"fill_ranks: {choices} choices among {experts} experts; use {experts} choices at most")
+    check_choices(config, rectify)
 
 
-def _with_router(node: Any, router: ModuleSpec) -> Any:
-    """`node` with `router` in every MoESubmodules below it; `node` itself where there is none."""
-    if isinstance(node, MoESubmodules):
-        before = getattr(node.router, "module", node.router)
-        if before not in (TopKRouter, RectifyRouter):
-            raise ValueError(f"spec: has {before} as a router already; rectify_spec replaces Megatron's TopKRouter")
-        return replace(node, router=router)
+def _walk(node: Any, change: Callable[[Any], Any]) -> Any:
+    """`node` with the changed ones below it; `node` itself where there is none."""
+    changed = change(node)
+    if changed is not node:
+        return changed
     if isinstance(node, list | tuple):
-        changed = [_with_router(child, router) for child in node]
-        return node if all(new is old for new, old in zip(changed, node, strict=True)) else type(node)(changed)
+        children = [_walk(child, change) for child in node]
+        return node if all(new is old for new, old in zip(children, node, strict=True)) else type(node)(children)
     if not is_dataclass(node) or isinstance(node, type):
         return node
-    children = {field.name: getattr(node, field.name) for field in fields(node)}
-    changes = {name: new for name, old in children.items() if (new := _with_router(old, router)) is not old}
+    before = {field.name: getattr(node, field.name) for field in fields(node)}
+    changes = {name: new for name, old in before.items() if (new := _walk(old, change)) is not old}
     return replace(node, **changes) if changes else node
