@@ -185,7 +185,7 @@ def router_config(
 def check_choices(config: TransformerConfig, rectify: RectifyConfig) -> None:
     """Raises ValueError where `config` leaves no room for `rectify`, whoever dispatches."""
     if config.moe_router_load_balancing_type == "sinkhorn":
-        raise ValueError("moe_router_load_balancing_type: sinkhorn has no place for capacity; use aux_loss")
+        raise ValueError("moe_router_load_balancing_type: sinkhorn makes choices that ours does not know; use aux_loss")
     if config.moe_router_num_groups and rectify.fill:
         raise ValueError("moe_router_num_groups: fill would leave the chosen groups; use fill=False")
     choices, experts = config.moe_router_topk + rectify.fill * rectify.fill_ranks, config.num_moe_experts or 0
