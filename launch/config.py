@@ -32,10 +32,12 @@ class ScheduleConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     corpus: str = "shakespeare"
-    """`shakespeare`, `sotu`, a text or JSONL file, or a folder that `wastenot data prepare` wrote (which brings its
-    own tokenizer and split)."""
+    """`shakespeare`, `sotu`, a text or JSONL file, the PREFIX of Megatron's PREFIX.bin and PREFIX.idx (or of a pair
+    PREFIX-train, PREFIX-val), or a folder that `wastenot data prepare` wrote (which brings its own tokenizer and
+    split)."""
     tokenizer: str = "bpe:2048"
-    """`bytes`, `bpe:N` (trained on the training split), or a Hugging Face tokenizer.json."""
+    """`bytes`, `bpe:N` (trained on the training split), or a Hugging Face tokenizer.json; the latter for tokens of
+    Megatron's, which must be its own."""
     dir: str = "data"
     """Where fetched and prepared corpora are kept."""
     seq_len: int = 256

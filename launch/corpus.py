@@ -16,10 +16,10 @@ import json
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import Progress
@@ -27,6 +27,7 @@ from rich.progress import Progress
 from .config import DataConfig
 from .documents import read_documents
 from .errors import UserError
+from .indexed import find_indexed
 from .ngram import witten_bell_curve
 from .shards import META_NAME, Split, TokenShards, write_split
 from .sources import SOURCES, Source, read_texts
@@ -59,14 +60,20 @@ class Corpus:
 def prepare(config: DataConfig, progress: bool = True) -> Path:
     """The prepared folder of `config.corpus`, made on first use and found again later.
 
-    `config.corpus` is a named corpus, a text or JSONL file, or a folder prepared before, which brings its own
-    tokenizer and split.
+    `config.corpus` is a named corpus, a text or JSONL file, files of Megatron's datasets (see indexed.py), or a folder
+    prepared before, which brings its own tokenizer and split.
     `progress` shows bars on stderr where that is a terminal. Safe to call from several processes at once.
     Raises UserError where the corpus is unknown, cannot be fetched or is too short.
     """
     source = SOURCES.get(config.corpus)
     if source is not None:
         return _find_or_build(_named(source, Path(config.dir) / "downloads"), config, progress)
+    indexed = find_indexed(config.corpus)
+    if indexed:
+        # Here: other corpora do not need it.
+        from .indexed_corpus import prepare_indexed
+
+        return prepare_indexed(indexed, config)
     folder = Path(config.corpus)
     if folder.is_file():
         return prepare_files([folder], config, progress)
@@ -201,23 +208,53 @@ def _build(folder: Path, corpus: Corpus, config: DataConfig, bars: Progress) -> 
     train, val = (_Part(corpus, split, config.val_fraction, bars) for split in ("train", "val"))
     tokenizer = _make_tokenizer(config.tokenizer, train)
     tokenizer.save(folder)
-    splits = {}
-    for part in (train, val):
+    parts = [(part, tokenizer.encode_documents(part)) for part in (train, val)]
+    for part, _ in parts:
         part.doing = f"tokenizing {corpus.name}, {part.split}"
-        entry = write_split(folder, part.split, tokenizer.encode_documents(part), tokenizer.vocab_size)
+    write_corpus(folder, corpus.name, corpus.about, config, tokenizer, parts, bars)
+
+
+class Share(Protocol):
+    """What one split's tokens came from, known once they were read."""
+
+    split: Split
+    documents: int
+    text_bytes: int
+    kept: list[bytes]
+    """The text's beginnings, NGRAM_BYTES of them."""
+
+
+def write_corpus(
+    folder: Path,
+    name: str,
+    about: Mapping[str, Any],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    parts: Sequence[tuple[Share, Iterable[list[int]]]],
+    bars: Progress | None = None,
+) -> None:
+    """Fills `folder`: the tokens of `parts`, which are training and held-out split, and meta.json.
+
+    Raises UserError where a split is without text.
+    """
+    splits = {}
+    for part, tokens in parts:
+        entry = write_split(folder, part.split, tokens, tokenizer.vocab_size)
         if not part.text_bytes:
             raise UserError(
-                f"{corpus.name}: val_fraction {config.val_fraction:g} leaves the {part.split} split without text; "
+                f"{name}: val_fraction {config.val_fraction:g} leaves the {part.split} split without text; "
                 "use longer texts or another val_fraction"
             )
         splits[part.split] = {"documents": part.documents, "text_bytes": part.text_bytes, **entry}
-    bars.add_task("fitting n-gram models", total=None)
+    if bars is not None:
+        bars.add_task("fitting n-gram models", total=None)
+    train, val = (part for part, _ in parts)
     curve = witten_bell_curve(train.kept, val.kept, max(NGRAM_ORDERS))
     sample = val.kept[0][:ROUND_TRIP_BYTES].decode(errors="ignore")
     meta = {
         "format": FORMAT,
-        "corpus": corpus.name,
-        **corpus.about,
+        "corpus": name,
+        **about,
         "val_fraction": config.val_fraction,
         "tokenizer": {
             "kind": config.tokenizer,

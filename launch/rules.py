@@ -237,6 +237,11 @@ def corpus_exists(config: TrainConfig) -> list[Violation]:
     corpus = config.data.corpus
     if corpus in CORPORA or (corpus and Path(corpus).exists()):
         return []
+    # Here: it needs numpy, which most configurations do not.
+    from .indexed import find_indexed
+
+    if find_indexed(corpus):
+        return []
     hint = _nearest(corpus, CORPORA)
     message = f"{corpus!r} is neither {' nor '.join(CORPORA)}, nor a file or folder that exists{hint}"
     return [Violation(("data.corpus",), message)]
