@@ -85,22 +85,30 @@ def place(
     blocks: int = 1,
     dropless: bool = False,
     backend: Backend = "auto",
+    *,
+    min_capacity: int = 0,
+    priority_T: Tensor | None = None,
 ) -> Routing:
     """Slots and weights of choices that have been made.
 
     chosen_TK: int64, `config.num_choices` experts per token, best first; those beyond `top_k` wait for fill-in.
     logits_TE, probs_TE: fp32 or wider.
+    min_capacity: slots that there are at least, whatever the capacity factor.
+    priority_T: int32, who gets a slot first; None: as `config.priority` says.
     """
     tokens, num_experts = logits_TE.shape
     experts_TK, next_TJ = chosen_TK, None
     if config.num_choices > config.top_k:
         experts_TK, next_TJ = chosen_TK.tensor_split([config.top_k], 1)
     capacity = None if dropless else capacity_of(config, tokens // blocks, num_experts)
-    priority_T = None
-    if capacity is not None and config.priority == "probability":
-        priority_T = priority_of(probs_TE)
-    elif capacity is not None:
-        priority_T = torch.zeros(tokens, dtype=torch.int32, device=probs_TE.device)
+    if capacity is None:
+        priority_T = None
+    else:
+        capacity = max(capacity, min_capacity)
+        if priority_T is None and config.priority == "probability":
+            priority_T = priority_of(probs_TE)
+        elif priority_T is None:
+            priority_T = torch.zeros(tokens, dtype=torch.int32, device=probs_TE.device)
     slots_TK, counts_BE = assign(experts_TK, priority_T, num_experts, blocks, capacity, backend)
     weights_TK = combine_weights(logits_TE, experts_TK, None if capacity is None else slots_TK, config, backend)
     return Routing(
