@@ -88,10 +88,10 @@ class Mixer:
         self.blocks = sources // mesh.stage.size
         self.rectifier = self._make_rectifier(mesh) if config.rectify.is_on else None
 
-    def route(self, logits_TE: Tensor, dropless: bool = False) -> Routing:
-        """The routing that `logits_TE` ask for, rectified; see `mixture`."""
+    def route(self, logits_TE: Tensor, dropless: bool = False, bias_E: Tensor | None = None) -> Routing:
+        """The routing that `logits_TE` ask for, rectified; see `mixture`. `bias_E` steers selection only."""
         blocks = 1 if dropless else self.blocks
-        return self.rectify(route(logits_TE, self.config, blocks, dropless, backend=self.dispatcher.backend))
+        return self.rectify(route(logits_TE, self.config, blocks, dropless, bias_E, self.dispatcher.backend))
 
     def rectify(self, routing: Routing) -> Routing:
         """`routing` with lost choices served and empty slots filled, as `config.rectify` says."""

@@ -1,8 +1,9 @@
-"""Rectify-Router inside transformers' own Mixtral, Qwen3-MoE and OLMoE models, weights untouched.
+"""Rectify-Router inside transformers' own Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and DeepSeek-V3 models.
 
-`rectify_` gives the mixture-of-experts blocks of a model, and their experts, another class each: parameters, their
-names, hooks and what the model saves stay what they are. The gate still computes the logits that transformers
-records (`output_router_logits`), so the model's own balancing loss sees all choices, before any is dropped.
+Weights are untouched: `rectify_` gives the mixture-of-experts blocks of a model, and their experts, another class each;
+parameters, their names, hooks and what the model saves stay what they are. The gate still computes the logits that
+transformers records (`output_router_logits`), so the model's own balancing loss sees all choices, before any is
+dropped. DeepSeek's groups, scaling and correction bias act as they did, and shared experts are the model's own modules.
 
 Tokens are dropped in training only, and never from a pass of one token per sequence: as with the cache of our own
 decoder, what is generated must not depend on neighbours. `drop_in_eval` evaluates as training computes.
@@ -10,6 +11,7 @@ decoder, what is generated must not depend on neighbours. `drop_in_eval` evaluat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal
@@ -25,7 +27,15 @@ from .routings import Observer, routings_of
 
 __all__ = ["rectify_", "routings_of", "unrectify_"]
 
-BLOCKS = ("MixtralSparseMoeBlock", "Qwen3MoeSparseMoeBlock", "OlmoeSparseMoeBlock")
+BLOCKS = (
+    "MixtralSparseMoeBlock",
+    "Qwen2MoeSparseMoeBlock",
+    "Qwen3MoeSparseMoeBlock",
+    "OlmoeSparseMoeBlock",
+    "DeepseekV3MoE",
+)
+BIAS = "e_score_correction_bias"
+"""What DeepSeek's gates add to their scores, which are sigmoids, before they choose."""
 OLDEST = (5, 9)
 """Gates of transformers before return probabilities where later ones return logits."""
 
@@ -50,7 +60,8 @@ def rectify_(
     what was kept, filled, rectified and dropped.
 
     Args:
-        model: a Mixtral, Qwen3-MoE or OLMoE of transformers 5.9 or later, or a module that contains one.
+        model: a Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE or DeepSeek-V3 of transformers 5.9 or later, or a module that
+            contains one.
         intra, select, capacity: serve tokens that lost choices by the best expert of their rank: see `RectifyConfig`.
         fill, fill_ranks: give slots that would be padding to next-best choices: see `RectifyConfig`.
         capacity_factor: slots per expert and rank, in units of an even share; None drops nothing.
@@ -69,13 +80,17 @@ def rectify_(
     mixers: list[tuple[Any, Mixer]] = []
     for name, block in _blocks(model):
         _check(name, block, ranks)
-        top_k = block.gate.top_k
+        gate, top_k = block.gate, block.gate.top_k
         config = RouterConfig(
             top_k=top_k,
+            score="sigmoid" if hasattr(gate, BIAS) else "softmax",
             # Mixtral's gates always divide, and do not say so.
-            normalize=normalize or ("survivors" if getattr(block.gate, "norm_topk_prob", True) else "none"),
+            normalize=normalize or ("survivors" if getattr(gate, "norm_topk_prob", True) else "none"),
             # The weight of a single choice is a constant 1 otherwise, and teaches the gate nothing.
             detach=top_k == 1,
+            scale=getattr(gate, "routed_scaling_factor", 1.0),
+            groups=getattr(gate, "num_group", 1),
+            top_groups=getattr(gate, "topk_group", 1),
             capacity_factor=capacity_factor,
             priority=priority,
             rectify=rectify,
@@ -125,10 +140,17 @@ class RectifiedBlock(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         logits_TE = self.gate(x_TD)[0]
         drops = (self.training or self.drop_in_eval) and x_BSD.size(1) > 1
-        routing = self.mixer.route(logits_TE, dropless=not drops)
+        routing = self.mixer.route(logits_TE, dropless=not drops, bias_E=getattr(self.gate, BIAS, None))
         if self.on_routing is not None:
             self.on_routing(routing)
-        return self.mixer(x_TD, routing, self.experts).view_as(x_BSD).to(x_BSD.dtype)
+        return self.mixer(x_TD, routing, self.experts, self._shared).view_as(x_BSD).to(x_BSD.dtype)
+
+    @property
+    def _shared(self) -> Callable[[Tensor], Tensor] | None:
+        """What the experts compute that all tokens go to; None: there are none."""
+        if not hasattr(self, "shared_expert"):
+            return getattr(self, "shared_experts", None)
+        return lambda x_TD: torch.sigmoid(self.shared_expert_gate(x_TD)) * self.shared_expert(x_TD)
 
 
 class RectifiedExperts(nn.Module):
@@ -159,8 +181,8 @@ def _blocks(model: nn.Module) -> list[tuple[str, Any]]:
     ]
     if not found:
         raise ValueError(
-            f"model: {type(model).__name__} has no mixture-of-experts block of Mixtral, Qwen3-MoE or OLMoE; in a model "
-            "of another kind call wastenot.moe.mixture.mixture between its gate and its experts"
+            f"model: {type(model).__name__} has no mixture-of-experts block of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE or "
+            "DeepSeek-V3; in a model of another kind call wastenot.moe.mixture.mixture between its gate and its experts"
         )
     return found
 
@@ -171,6 +193,8 @@ def _check(name: str, block: Any, ranks: int) -> None:
     found = version("transformers")
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
         raise ValueError(f"transformers: {found} is too old; pip install 'transformers>={OLDEST[0]}.{OLDEST[1]}'")
+    if type(block).__name__ == "DeepseekV3MoE" and not hasattr(gate, "num_group"):
+        raise ValueError(f"transformers: {found} is too old for DeepSeek-V3; pip install 'transformers>=5.23'")
     activation = type(experts.act_fn).__name__
     if activation not in ("SiLU", "SiLUActivation"):
         raise ValueError(f"{name}: its hidden_act is {activation}, and the experts' kernel computes silu only")

@@ -1,7 +1,7 @@
 """Rectify-Router inside DeepSpeed's own MoE layer, on real gloo ranks: it computes what our layer does.
 
-DeepSpeed takes seconds to import: all of it happens in two runs of ranks for all tests. Differences are measured against
-the largest value of the tensor.
+DeepSpeed takes seconds to import: all of it happens in ranks of their own, two runs for all tests. Differences are
+measured against the largest value of the tensor.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def tokens(rank: int) -> Tensor:
 
 
 def their_layer(world: int, bias: bool = False, alike: bool = False, ready: bool = True, **changes: Any) -> Any:
-    """DeepSpeed's MoE with its experts cut over all ranks; `ready`: with its groups, which an engine makes otherwise."""
+    """DeepSpeed's MoE, its experts cut over all ranks; `ready`: with its groups, which an engine makes otherwise."""
     from deepspeed.moe.layer import MoE
 
     usual: dict[str, Any] = {
@@ -310,7 +310,7 @@ def train(rank: int, world: int) -> tuple[list[float], dict[str, int], list[str]
     )
     config = {
         "train_micro_batch_size_per_gpu": B,
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }

@@ -18,23 +18,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 from transformers.utils import logging
 
 from wastenot.moe.adapters.huggingface import config_from_huggingface, load_huggingface
 from wastenot.moe.adapters.huggingface_names import pieces
 from wastenot.moe.adapters.huggingface_rectify import rectify_, routings_of, unrectify_
-from wastenot.moe.config import EmulateConfig, RectifyConfig
+from wastenot.moe.config import EmulateConfig, MoEConfig, RectifyConfig
 from wastenot.moe.decoder import Decoder, build_decoder
+from wastenot.moe.layer import MoELayer
 from wastenot.moe.ledger import SLOTS, check_identities, count_layers
-from wastenot.moe.routing import Routing
+from wastenot.moe.routing import RECTIFIED, Routing
 from wastenot.parallel.mesh import single
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 48,
     "num_hidden_layers": 2,
@@ -45,7 +54,7 @@ SHAPE = {
     "eos_token_id": None,
     "attn_implementation": "sdpa",
 }
-FINE = {"num_experts": 16, "num_experts_per_tok": 4}
+FINE: dict[str, Any] = {"num_experts": 16, "num_experts_per_tok": 4}
 CASES: dict[str, Any] = {
     "mixtral": MixtralConfig(**SHAPE, intermediate_size=64, num_local_experts=8, num_experts_per_tok=2),
     "mixtral top-1": MixtralConfig(**SHAPE, intermediate_size=64, num_local_experts=8, num_experts_per_tok=1),
@@ -56,7 +65,29 @@ CASES: dict[str, Any] = {
         **SHAPE, **FINE, head_dim=16, intermediate_size=80, moe_intermediate_size=24, mlp_only_layers=[0]
     ),
     "olmoe": OlmoeConfig(**SHAPE, **FINE, intermediate_size=24),
+    "qwen2_moe": Qwen2MoeConfig(
+        **SHAPE, **FINE, intermediate_size=80, moe_intermediate_size=24, shared_expert_intermediate_size=32
+    ),
+    "deepseek_v3": DeepseekV3Config(
+        **SHAPE | {"num_key_value_heads": 4},
+        intermediate_size=80,
+        moe_intermediate_size=24,
+        first_k_dense_replace=0,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        n_shared_experts=1,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.5,
+    ),
 }
+DECODED = [case for case in CASES if case not in ("qwen2_moe", "deepseek_v3")]
+"""What our decoder is, too."""
 LEAVING_STOCK_ALONE = {"intra": False, "fill": False, "capacity_factor": None}
 
 
@@ -68,6 +99,9 @@ def _drawn(case: str) -> nn.Module:
         for parameter in model.parameters():
             mean, std = (1.0, 0.1) if parameter.dim() == 1 else (0.0, 0.15)
             parameter.normal_(mean, std, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.1, generator=generator)
     return model
 
 
@@ -153,7 +187,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", DECODED)
 def test_it_computes_what_our_decoder_does(case, options, tmp_path):
     model = stock(case)
     model.save_pretrained(tmp_path)
@@ -180,6 +214,43 @@ def test_it_computes_what_our_decoder_does(case, options, tmp_path):
             assert close(theirs[piece.name], piece.of(parameter.grad)), piece.name  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_a_block_routes_as_our_layer_does_bit_for_bit(case, options):
+    """Beside the experts that all tokens share, which stay the model's own."""
+    block = rectify_(stock(case), **OPTIONS[options]).model.layers[1].mlp
+    gate, experts, config = block.gate, block.experts, block.mixer.config
+    E, D, F = gate.num_experts, gate.weight.size(1), experts.down_proj.size(-1)
+    layer = MoELayer(D, MoEConfig(experts=E, d_expert=F), config, single())
+    layer.router.weight = nn.Parameter(gate.weight.detach().clone())
+    layer.experts.gate_up = nn.Parameter(experts.gate_up_proj.detach().clone())
+    layer.experts.down = nn.Parameter(experts.down_proj.detach().clone())
+    if case == "deepseek_v3":
+        layer.router.bias_E.copy_(gate.e_score_correction_bias)
+        assert (config.score, config.groups, config.top_groups, config.scale) == ("sigmoid", 4, 2, 1.5)
+    x_BSD = torch.randn(4, 24, D, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    y_BSD = x_BSD.detach().clone().requires_grad_()
+    with routings_of(block) as routings:
+        found = block(x_BSD)
+    expected, routing = layer(y_BSD)
+    if case == "qwen2_moe":
+        expected = expected + block.shared_expert_gate(y_BSD).sigmoid() * block.shared_expert(y_BSD)
+    elif case == "deepseek_v3":
+        expected = expected + block.shared_experts(y_BSD)
+    (read,) = routings.values()
+    for name in ("experts_TK", "slots_TK", "weights_TK", "counts_BE"):
+        assert torch.equal(getattr(read, name), getattr(routing, name)), name
+    for name in ("expert_T", "slots_T", "weight_T", "counts_BE") if routing.stand_ins else ():
+        assert torch.equal(getattr(read.stand_ins, name), getattr(routing.stand_ins, name)), name
+    assert (read.kinds_TK >= RECTIFIED).any()
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    assert close(found, expected)
+    theirs = (x_BSD, gate.weight, experts.gate_up_proj, experts.down_proj)
+    ours = (y_BSD, layer.router.weight, layer.experts.gate_up, layer.experts.down)
+    assert all(close(a.grad, b.grad) for a, b in zip(theirs, ours, strict=True))
+
+
 def _as_on_disk(name: str, tensor: Tensor, family: str):
     name = name.replace(".mlp.", ".block_sparse_moe.") if family == "mixtral" else name
     gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
@@ -204,7 +275,7 @@ def with_equal_experts(case: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("case", ["mixtral", "mixtral top-1", "qwen3_moe"])
+@pytest.mark.parametrize("case", ["mixtral", "mixtral top-1", "qwen3_moe", "deepseek_v3"])
 def test_upcycled_experts_compute_the_dense_model_where_vanilla_does_not(case):
     """All experts equal, weights that sum to one: the stock model without drops is the dense one."""
     dense, _ = loss_of(with_equal_experts(case))
@@ -339,7 +410,7 @@ def test_autocast_computes_experts_in_bf16():
     assert (logits - loss_of(rectify_(stock("mixtral"), ranks=2))[0]).float().norm() <= 0.2 * logits.float().norm()
 
 
-@pytest.mark.parametrize("case", ["mixtral top-1", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("case", ["mixtral top-1", "qwen3_moe", "olmoe", "qwen2_moe", "deepseek_v3"])
 def test_a_few_steps_lower_the_loss_and_slots_add_up(case):
     model = rectify_(stock(case), capacity_factor=0.7, ranks=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
