@@ -140,17 +140,38 @@ def _submit(args: argparse.Namespace, script: str) -> int:
     """Hands the script to what starts it, and returns 0 where that accepted it (or ran it well)."""
     if args.launcher == "torchrun" and args.nodes > 1:
         raise UserError(f"--submit: torchrun starts one node; copy the script to all {args.nodes} and run it there")
+    if args.launcher == "slurm":
+        return _submit_to_slurm(script)
     tool = _SUBMIT_WITH[args.launcher]
-    beside = Path(sys.executable).with_name(tool)
-    if args.launcher == "slurm" and shutil.which(tool) is None:
+    if shutil.which(tool) is None and not Path(sys.executable).with_name(tool).exists():
+        raise UserError(f"--submit: no {tool} on PATH; pip install 'wastenot[mpi]' or load your cluster's MPI")
+    code = subprocess.run(["bash", "-c", script]).returncode
+    if code:
+        print(f"error: {tool} ended with exit code {code}", file=sys.stderr)
+    return 2 if code == 2 else int(code != 0)
+
+
+def _submit_to_slurm(script: str) -> int:
+    """0 where sbatch took the script; 1 where it also waited (SBATCH_WAIT is set) and the job failed."""
+    if shutil.which("sbatch") is None:
         raise UserError("--submit: no sbatch on PATH; run this where Slurm is installed, or leave --submit out")
-    if args.launcher == "mpi" and shutil.which(tool) is None and not beside.exists():
-        raise UserError("--submit: no mpirun on PATH; pip install 'wastenot[mpi]' or load your cluster's MPI")
-    command = ["sbatch"] if args.launcher == "slurm" else ["bash", "-c", script]
-    done = subprocess.run(command, input=script if args.launcher == "slurm" else None, text=True)
-    if done.returncode:
-        print(f"error: {tool} ended with exit code {done.returncode}", file=sys.stderr)
-    return 2 if done.returncode == 2 else int(done.returncode != 0)
+    done = subprocess.run(["sbatch"], input=script, stderr=subprocess.PIPE, text=True)
+    said = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
+    if not done.returncode:
+        print("".join(f"sbatch: {line}\n" for line in said), end="", file=sys.stderr)
+        return 0
+    if not said:
+        print(f"error: the job ended with exit code {done.returncode}", file=sys.stderr)
+        return 1
+    raise UserError(f"--submit: sbatch refused the job: {'; '.join(said)}{_partitions(done.stderr)}")
+
+
+def _partitions(refusal: str) -> str:
+    """The partitions there are, where the wrong one, or none, was asked for."""
+    if "partition" not in refusal or shutil.which("sinfo") is None:
+        return ""
+    listed = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True).stdout.split()
+    return f"; --partition: this cluster has {', '.join(listed)}" if listed else ""
 
 
 def _count(text: str) -> int:

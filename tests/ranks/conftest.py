@@ -1,51 +1,30 @@
-"""Two hosts on one machine, and configurations of training runs, for every test that wants them."""
+"""Hosts on one machine, and configurations of training runs, for every test that wants them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import random
-import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import yaml
+from namespaces import namespace_hosts
 from real_runs import TINY
-from two_hosts import ADDRESS
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "wizards", "brew", "tea"]
 
 
 @pytest.fixture(scope="module")
 def hosts():
-    """Prefix of the namespaces PREFIX1 and PREFIX2."""
-    if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("unshare")):
-        pytest.skip("network namespaces need root, ip and unshare")
-    prefix = f"wn{os.getpid()}h"
-    made = subprocess.run(["ip", "netns", "add", f"{prefix}1"], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"this system refuses network namespaces: {made.stderr.strip()}")
-
-    def ip(command: str) -> None:
-        subprocess.run(["ip", *command.split()], check=True, capture_output=True)
-
-    try:
-        ip(f"netns add {prefix}2")
-        ip(f"link add net-1 netns {prefix}1 type veth peer name net-2 netns {prefix}2")
-        for number in (1, 2):
-            inside = f"-n {prefix}{number}"
-            ip(f"{inside} link set lo up")
-            ip(f"{inside} link add docker0 type veth peer name container")
-            for name, address in ("docker0", "172.17.0.1/16"), (f"net-{number}", f"{ADDRESS.format(number)}/24"):
-                ip(f"{inside} addr add {address} dev {name}")
-                ip(f"{inside} link set {name} up")
-            ip(f"{inside} link set container up")
+    """Prefix of the namespaces PREFIX1, PREFIX2 and PREFIX3."""
+    with contextlib.ExitStack() as stack:
+        try:
+            prefix = stack.enter_context(namespace_hosts(3))
+        except OSError as error:
+            pytest.skip(str(error))
         yield prefix
-    finally:
-        for number in (1, 2):
-            subprocess.run(["ip", "netns", "del", f"{prefix}{number}"], capture_output=True)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from namespaces import ADDRESS, on_host, run_all
 from real_runs import finish, losses, start
-from two_hosts import ADDRESS, on_host, run_all
 
 LAYOUTS = [{"expert": 2, "tensor": 2, "data": 2}, {"expert": 1, "pipeline": 2, "data": 2}]
 if os.environ.get("WASTENOT_GRID") == "full":
