@@ -126,17 +126,17 @@ class Stepper:
             tokens = torch.from_numpy(windows).to(mesh.device, non_blocking=True)
             last = i == config.train.accumulate - 1
             with self.gradients.reduced() if last else nullcontext():
-                micro = self._learn(tokens)
-            loss += micro.judged.nats.detach().double()
-            for name, value in micro.shown.items():
+                seen = self._learn(tokens)
+            loss += seen.judged.nats.detach().double()
+            for name, value in seen.shown.items():
                 shown[name] = shown.get(name, 0) + value / config.train.accumulate
-            for name, value in micro.judged.shown.items():
+            for name, value in seen.judged.shown.items():
                 shown[name] = shown.get(name, 0) + value
             # What is not finite ends in a skipped step, as without debug.
-            if config.log.debug and micro.judged.objective.isfinite():
-                for routing in micro.routings:
+            if config.log.debug and seen.judged.objective.isfinite():
+                for routing in seen.routings:
                     check_identities(routing)
-            chosen = count_layers(micro.routings)
+            chosen = count_layers(seen.routings)
             counts = chosen if counts is None else counts + chosen
         assert counts is not None
         return {"loss": loss, "counts": counts}, shown
@@ -170,7 +170,6 @@ class Stepper:
             routers = [m for m in self.model.modules() if isinstance(m, TopKRouter)]
             for router, layer in zip(routers, self.model.moe_layers, strict=True):
                 update_bias(router, counts[layer, : router.num_experts])
-
 
     def _update(self) -> None:
         """The optimizer's step."""

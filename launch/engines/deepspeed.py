@@ -78,7 +78,11 @@ class DeepSpeedEngine:
             checkpoints.clean(own)
             if config.checkpoint.resume == "never":
                 return None
-            return checkpoints.newest(own) if config.checkpoint.resume == "auto" else checkpoints.find(Path(config.checkpoint.resume))
+            return (
+                checkpoints.newest(own)
+                if config.checkpoint.resume == "auto"
+                else checkpoints.find(Path(config.checkpoint.resume))
+            )
 
         try:
             path = checkpoints.on_root(mesh, choose)
@@ -94,7 +98,10 @@ class DeepSpeedEngine:
 
     def _load(self, path: Path) -> None:
         optimizer = self.optimizer
-        said = [{key: value for key, value in group.items() if key not in ("params", "param_names")} for group in optimizer.param_groups]
+        said = [
+            {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            for group in optimizer.param_groups
+        ]
         self.engine.load_checkpoint(str(path.parent), tag=path.name)
         # Decay and the like stay those of the configuration.
         for group, own in zip(optimizer.param_groups, said, strict=True):
@@ -163,7 +170,9 @@ def _prepare(mesh: Mesh) -> bool:
     os.environ.setdefault("DS_ACCELERATOR", mesh.device.type)
     os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
     # torch's own new names, which DeepSpeed does not use yet.
-    warnings.filterwarnings("ignore", r".*(reduce_scatter_tensor|all_gather_into_tensor).* is deprecated", FutureWarning)
+    warnings.filterwarnings(
+        "ignore", r".*(reduce_scatter_tensor|all_gather_into_tensor).* is deprecated", FutureWarning
+    )
     import deepspeed
 
     if mesh.device.type == "cpu":

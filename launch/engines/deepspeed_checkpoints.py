@@ -141,7 +141,9 @@ def weights(path: Path, zero: int) -> dict[str, Tensor]:
 
 def _assembled(path: Path) -> dict[str, Tensor]:
     """Of ZeRO 3: every rank's file has an equal part of each parameter, one after the other, the last ones padded."""
-    states = sorted(path.glob("zero_pp_rank_*_mp_rank_00_optim_states.pt"), key=lambda file: int(file.name.split("_")[3]))
+    states = sorted(
+        path.glob("zero_pp_rank_*_mp_rank_00_optim_states.pt"), key=lambda file: int(file.name.split("_")[3])
+    )
     ranks = [torch.cat(_read(file)["optimizer_state_dict"]["fp32_flat_groups"]) for file in states]
     about = _read(path / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     tensors = {name: about["module"][name] for name in about["buffer_names"]}
