@@ -26,8 +26,8 @@ BOUND = 1e-4
 """Largest relative difference of a loss, at any step."""
 
 ROUTERS = {
-    "dropless": RouterConfig(balance_loss=0.0),
-    "rectified": RouterConfig(capacity_factor=1.0, rectify=RectifyConfig(intra=True, fill=True), balance_loss=0.0),
+    "dropless": RouterConfig(),
+    "rectified": RouterConfig(capacity_factor=1.0, rectify=RectifyConfig(intra=True, fill=True)),
 }
 
 HEADINGS = {

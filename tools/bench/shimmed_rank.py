@@ -13,6 +13,9 @@ from ...launch.train import main
 from .peers.megatron import load_shim
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        load_shim().install()
-    sys.exit(main())
+    if torch.cuda.is_available():
+        sys.exit(main())
+    shim = load_shim()
+    shim.install()
+    with shim.devices_on_cpu():
+        sys.exit(main())
