@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megatron.core import parallel_state
 from torch import Tensor
 
 from ...parallel.gradients import Gradients
@@ -52,3 +53,7 @@ class MegatronEngine(NativeEngine):
         )
         theirs.train()
         return result
+
+    def close(self) -> None:
+        super().close()
+        parallel_state.destroy_model_parallel()

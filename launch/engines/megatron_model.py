@@ -69,8 +69,8 @@ class MegatronModel(nn.Module):
     """This rank's stage of the GPTModel, in Megatron's DistributedDataParallel."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh, decoder: Decoder) -> None:
-        """Of the weights of `decoder`, whose memory it shares; but the matrices that Megatron fuses, and all that computes
-        in bf16, are copies, which follow at a `refresh`."""
+        """Of the weights of `decoder`, whose memory it shares; but what Megatron fuses, or computes in bf16, is a copy,
+        which follows at a `refresh`."""
         super().__init__()
         self.mesh, self.moe_layers = mesh, decoder.moe_layers
         tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
