@@ -1,4 +1,4 @@
-"""`wastenot convert`: a Hugging Face checkpoint as a run, and a run as a Hugging Face checkpoint."""
+"""`wastenot convert`: a checkpoint of Hugging Face's or Megatron's as a run, and a run as a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -27,18 +27,28 @@ from ..moe.adapters.huggingface_names import has_experts
 from ..moe.decoder import Decoder
 from ..parallel.mesh import single
 
-HELP = "turn a Hugging Face checkpoint into a run, or a run into a Hugging Face checkpoint"
-EXAMPLE = "wastenot convert to-hf runs/quickstart exported"
+HELP = "turn a checkpoint of Hugging Face's or Megatron's into a run, or a run into a Hugging Face checkpoint"
+EXAMPLE = """\
+  wastenot convert to-hf runs/quickstart exported
+  wastenot convert from-megatron checkpoints/iter_0001000 runs/imported --tokenizer tokenizer.json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `wastenot convert`."""
-    parser.add_argument("direction", choices=["to-hf", "from-hf"])
-    parser.add_argument("source", metavar="SOURCE", help="a run for to-hf; a folder of safetensors for from-hf")
+    parser.add_argument("direction", choices=["to-hf", "from-hf", "from-megatron"])
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a run for to-hf; a folder of safetensors for from-hf, of Megatron's torch_dist format for from-megatron",
+    )
     parser.add_argument("target", metavar="TARGET", help="the folder to write; must not exist, or be empty")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="to-hf: step of the run; default: the newest")
     parser.add_argument(
         "--family", choices=FAMILIES, help="to-hf: whose names to write; default: the first that can say the model"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="from-megatron: the tokenizer.json it was trained with")
+    parser.add_argument(
+        "--config", metavar="YAML", help="from-megatron: `model` and `router` of the run; default: the saved options"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -48,10 +58,17 @@ def run(args: argparse.Namespace) -> int:
     source, target = Path(args.source), Path(args.target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists; name a new folder")
+    if args.direction != "from-megatron" and (args.tokenizer is not None or args.config is not None):
+        raise UserError("--tokenizer and --config are for from-megatron; the others read both from the source")
     if args.direction == "to-hf":
         done = to_huggingface(source, target, args.checkpoint, args.family)
     elif args.checkpoint is not None or args.family is not None:
-        raise UserError("--checkpoint and --family are for to-hf; from-hf reads both from the source")
+        raise UserError(f"--checkpoint and --family are for to-hf; {args.direction} reads both from the source")
+    elif args.direction == "from-megatron":
+        # Here: the others do not need it.
+        from .convert_megatron import from_megatron
+
+        done = from_megatron(source, target, args.tokenizer, args.config)
     else:
         done = from_huggingface(source, target)
     print(json.dumps(done) if args.json else f"{done['target']}: {done['parameters']:,} parameters, {done['family']}")

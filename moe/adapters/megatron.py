@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +26,11 @@ from torch import Tensor
 from ...kernels.route import scores, select
 from ...parallel.expert import local_experts
 from ...parallel.mesh import Axis
-from ..config import RectifyConfig, RouterConfig
+from ..config import RectifyConfig
 from ..rectify import Rectifier, own_experts
 from ..router import place, probabilities
 from ..routing import Routing
+from .megatron_config import Normalize, router_config
 from .routings import Observer, routings_of
 
 try:
@@ -42,10 +43,7 @@ try:
 except ImportError as error:
     raise ImportError("wastenot.moe.adapters.megatron needs Megatron-Core; pip install 'wastenot[megatron]'") from error
 
-__all__ = ["RectifyRouter", "rectify_spec", "routings_of"]
-
-
-Normalize = Literal["survivors", "top_k", "none"]
+__all__ = ["RectifyRouter", "rectify_spec", "router_config", "routings_of"]
 
 
 def rectify_spec(spec: Any, rectify: RectifyConfig, *, normalize: Normalize | None = None) -> Any:
@@ -159,27 +157,6 @@ def weights_and_map(routing: Routing) -> tuple[Tensor, Tensor]:
         weights_TE = weights_TE.scatter_add(1, expert_T1, stand_ins.weight_T.unsqueeze(1))
         map_TE = map_TE | torch.zeros_like(map_TE).scatter(1, expert_T1, (stand_ins.slots_T >= 0).unsqueeze(1))
     return weights_TE, map_TE
-
-
-def router_config(
-    config: TransformerConfig, rectify: RectifyConfig, normalize: Normalize | None = None
-) -> RouterConfig:
-    """Megatron's router options as ours; auxiliary losses, bias and noise stay its own."""
-    top_k, score = config.moe_router_topk, config.moe_router_score_function
-    if normalize is None:
-        divides = top_k > 1 if score == "sigmoid" else not config.moe_router_pre_softmax
-        normalize = "survivors" if divides else "none"
-    return RouterConfig(
-        top_k=top_k,
-        score=score,  # pyright: ignore[reportArgumentType]
-        normalize=normalize,
-        # The weight of a single choice is a constant 1 otherwise, and teaches the router nothing.
-        detach=top_k == 1,
-        scale=config.moe_router_topk_scaling_factor or 1.0,
-        capacity_factor=config.moe_expert_capacity_factor,
-        priority="position" if config.moe_token_drop_policy == "position" else "probability",
-        rectify=rectify,
-    )
 
 
 def check_choices(config: TransformerConfig, rectify: RectifyConfig) -> None:

@@ -27,7 +27,8 @@ from ..config import RectifyConfig
 from ..experts import GroupedExperts
 from ..mixture import Mixer
 from ..routing import Routing
-from .megatron import Normalize, RectifyRouter, check_choices, replaced, routings_of
+from .megatron import RectifyRouter, check_choices, replaced, routings_of
+from .megatron_config import Normalize
 from .megatron_mesh import default_groups, mesh_of
 
 try:

@@ -1,0 +1,265 @@
+"""Weights of a GPT model from a folder that Megatron-Core's dist_checkpointing saved; imports no Megatron.
+
+Such a folder (`torch_dist`) is one of torch's distributed checkpoints, with a few pickled values beside it:
+`common.pt`, where Megatron-LM puts its command line. Neither is trusted: of all that a pickle may name only torch's
+descriptions of tensors and plain values become what they say, anything else an inert `Unknown`.
+
+Whatever layout saved it, a tensor is there as a whole. Layers that are alike lie in one tensor with the layers in
+front, or each under its number; experts likewise, or each under its number with gate and up apart. Megatron's own MoE
+layer with experts one by one, its grouped ones, and ours (megatron_layer.py) all have the same names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import itertools
+import json
+import pickle
+import re
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from ..decoder import Decoder
+from .megatron_names import Link, gpt_links
+
+__all__ = ["MegatronCheckpoint", "Unknown"]
+
+_LATEST = "latest_checkpointed_iteration.txt"
+
+# Megatron keeps the norm before a linear layer with the layer, where a fused one has it.
+_FUSED_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+_EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+_KNOWN = {
+    ("argparse", "Namespace"),
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    *(("builtins", name) for name in ("bytearray", "complex", "dict", "frozenset", "list", "set", "slice", "tuple")),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}
+"""What a pickle may name: (module, name)."""
+
+
+class Unknown:
+    """Stands for a pickled object that is not needed here: nothing of it runs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def extend(self, values: Any) -> None:
+        """What a pickled list would do with its items."""
+
+    append = extend
+
+    def __repr__(self) -> str:
+        return f"Unknown{self.args!r}"
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        return Unknown
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's, but for the pickle that it trusts."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError("it holds no description of a checkpoint")
+        if not isinstance(metadata.storage_meta, StorageMeta):
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class MegatronCheckpoint:
+    """One saved iteration: what it says of its model, and its tensors by name."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder`: of an iteration, or the one above with `latest_checkpointed_iteration.txt`.
+
+        Raises ValueError where that is none, or of another format.
+        """
+        latest = folder / _LATEST
+        if latest.is_file():
+            iteration = latest.read_text().strip()
+            folder /= f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
+        self.folder = folder
+        described = _read_json(folder / "metadata.json")
+        backend = described.get("sharded_backend")
+        if backend != "torch_dist":
+            raise ValueError(
+                f"{folder}: was saved in the format {backend}; save it again with --ckpt-format torch_dist"
+            )
+        self._reader = _Reader(folder)
+        try:
+            self._metadata = self._reader.read_metadata()
+            entries = self._metadata.state_dict_metadata.items()
+        except (OSError, pickle.UnpicklingError, AttributeError, EOFError) as error:
+            raise ValueError(f"{folder}: its .metadata cannot be read ({error})") from error
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)
+        }
+        """Of every tensor, optimizers' included."""
+
+    def args(self) -> dict[str, Any] | None:
+        """Megatron-LM's command line, where its training loop saved it; None elsewhere."""
+        path = self.folder / "common.pt"
+        if not path.is_file():
+            return None
+        safe: Any = types.SimpleNamespace(__name__="safe", Unpickler=_Unpickler, load=lambda f: _Unpickler(f).load())
+        try:
+            common = torch.load(path, map_location="cpu", weights_only=False, pickle_module=safe)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{path}: cannot be read ({error})") from error
+        args = common.get("args") if isinstance(common, dict) else None
+        return vars(args) if isinstance(args, argparse.Namespace) else None
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor `name`, on the CPU, in the dtype it was saved in."""
+        entry = self._metadata.state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        state = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        dcp.load(state, storage_reader=self._reader, no_dist=True)
+        return state[name]
+
+    def vocabulary(self) -> int:
+        """Rows of the embedding: Megatron pads the tokenizer's to a multiple of 128 by default."""
+        (name,), _ = self._find("embedding.word_embeddings.weight")
+        return self.shapes[name][0]
+
+    @torch.no_grad()
+    def load_into(self, model: Decoder) -> None:
+        """Copies all weights into `model`, whole and in memory, one tensor of the checkpoint at a time.
+
+        Raises ValueError naming the first that is missing, of another shape, or that `model` has no place for.
+        """
+        config, ours = model.config, dict(model.state_dict())
+        experts = 0 if config.moe is None else config.moe.experts
+        places: dict[str, list[Link]] = collections.defaultdict(list)
+        for link in gpt_links(config, range(config.layers), experts, (True, True)):
+            places[link.theirs].append(link)
+        for layer in config.expert_counts:
+            link = Link(f"blocks.{layer}.ffn.router.bias_E", f"decoder.layers.{layer}.mlp.router.expert_bias")
+            if any(name in self.shapes for name, _ in _homes(link.theirs)):
+                places[link.theirs].append(link)
+            else:
+                ours[link.ours].zero_()
+        # By tensor of the checkpoint: each is read once, and let go.
+        wanted: dict[tuple[str, ...], list[tuple[str, tuple[int, ...]]]] = collections.defaultdict(list)
+        for theirs in places:
+            names, index = self._find(theirs)
+            wanted[names].append((theirs, index))
+        for names, parts in wanted.items():
+            self._check_cover(names[0], {index for _, index in parts})
+            halves = [self.tensor(name) for name in names]
+            for theirs, index in parts:
+                value = torch.cat([half[index] for half in halves])
+                for link in places[theirs]:
+                    _copy(link, value, ours)
+        used = {name for names in wanted for name in names}
+        left = sorted(name for name in self.shapes if _is_weight(name) and name not in used)
+        if left:
+            raise ValueError(f"{left[0]}: is in the checkpoint and not in the model ({len(left)} such weights)")
+
+    def _check_cover(self, name: str, wanted: set[tuple[int, ...]]) -> None:
+        """Raises ValueError where a tensor over layers or experts has others than the model."""
+        outer = self.shapes[name][: len(next(iter(wanted)))]
+        if wanted != set(itertools.product(*map(range, outer))):
+            counted = " x ".join(map(str, outer))
+            raise ValueError(f"{name}: holds {counted} weights of layers or experts, and the model has {len(wanted)}")
+
+    def _find(self, theirs: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Where a tensor of a module lies: the names of one tensor, or of two halves, and the index of its part.
+
+        Raises ValueError where it is nowhere.
+        """
+        for name, index in _homes(theirs):
+            for names in ((name,), (f"{name}_w", f"{name}_v")):
+                if all(each in self.shapes for each in names):
+                    return names, index
+        raise ValueError(f"{theirs}: is not in {self.folder}; is it of another model?")
+
+
+def _copy(link: Link, value: Tensor, ours: Mapping[str, Tensor]) -> None:
+    part = link.part(ours[link.ours])
+    try:
+        their_part = link.their_part(value)
+    except RuntimeError:
+        their_part = value
+    if their_part.shape != part.shape:
+        raise ValueError(f"{link.theirs}: has shape {list(value.shape)}, which does not make {link.ours}")
+    part.copy_(their_part)
+
+
+def _homes(theirs: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """All names and places that a tensor of a module may have in a checkpoint."""
+    spelled = [theirs]
+    spelled += [theirs.replace(name, fused) for name, fused in _FUSED_NORMS.items() if name in theirs]
+    for name in spelled:
+        layer = _LAYER.fullmatch(name)
+        layered: list[tuple[str, tuple[int, ...]]] = [(name, ())]
+        if layer:
+            layered.append((f"decoder.layers.{layer[2]}", (int(layer[1]),)))
+        for key, index in layered:
+            expert = _EXPERT.search(key)
+            if expert is None:
+                yield key, index
+            else:
+                yield _EXPERT.sub("experts.experts.", key), (*index, int(expert[1]))
+                yield _EXPERT.sub(f"experts.experts.{expert[1]}.", key), index
+
+
+def _is_weight(name: str) -> bool:
+    return name.startswith(("decoder.", "embedding.", "output_layer.")) and "._extra_state" not in name
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}); give a folder that Megatron-Core's dist_checkpointing saved"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    return found
