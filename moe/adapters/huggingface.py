@@ -1,7 +1,11 @@
-"""Hugging Face checkpoints into our models and back, tensor by tensor.
+"""Hugging Face checkpoints into our models and back, tensor by tensor; and where its other adapters are found.
 
 Neither direction holds more than one file's worth of weights beside the model, and each rank reads only the
 experts it owns. Works on safetensors and our own modules; transformers is not imported.
+
+For models of transformers that stay its own: `rectify_` (huggingface_rectify.py), `recompute_`
+(huggingface_recompute.py), and for its Trainer `optimizer` (huggingface_trainer.py). Each is imported when it is
+asked for, so that checkpoints need no method.
 """
 
 from __future__ import annotations
@@ -10,8 +14,9 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +32,11 @@ from ..layer import MoELayer
 from .huggingface_config import config_from_huggingface, config_to_huggingface
 from .huggingface_names import FAMILIES, Family, Piece, pieces, to_huggingface
 
+if TYPE_CHECKING:
+    from .huggingface_recompute import recompute_, unrecompute_
+    from .huggingface_rectify import rectify_, routings_of, unrectify_
+    from .huggingface_trainer import name_parameters_, optimizer
+
 __all__ = [
     "CONFIG",
     "FAMILIES",
@@ -36,14 +46,38 @@ __all__ = [
     "config_to_huggingface",
     "disk_shapes",
     "load_huggingface",
+    "name_parameters_",
+    "optimizer",
+    "recompute_",
+    "rectify_",
+    "routings_of",
     "save_huggingface",
     "to_huggingface",
+    "unrecompute_",
+    "unrectify_",
 ]
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
+_ELSEWHERE = {
+    "rectify_": "huggingface_rectify",
+    "unrectify_": "huggingface_rectify",
+    "routings_of": "huggingface_rectify",
+    "recompute_": "huggingface_recompute",
+    "unrecompute_": "huggingface_recompute",
+    "optimizer": "huggingface_trainer",
+    "name_parameters_": "huggingface_trainer",
+}
+"""File of each name that is found here and defined there."""
+
 _LISTED = 12
 """Names an error message lists of each kind before it only counts."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ELSEWHERE[name]}", __package__), name)
 
 
 class StoredWeights(Mapping[str, Tensor]):

@@ -127,6 +127,8 @@ class RectifiedBlock(nn.Module):
 
     gate: nn.Module
     experts: RectifiedExperts
+    shared_expert: nn.Module
+    shared_expert_gate: nn.Module
     mixer: Mixer
     drop_in_eval: bool
     on_routing: Observer | None
@@ -207,6 +209,8 @@ def _check(name: str, block: Any, ranks: int) -> None:
             f"{(E, D, F)}; rectify_ takes whole, unquantized experts"
         )
     for module in (block, experts):
+        if "recomputation" in vars(module) and not isinstance(module, RectifiedBlock):
+            raise ValueError(f"{name}: is a recompute segment already; call rectify_ before recompute_")
         if "forward" in vars(module):
             raise ValueError(f"{name}: its forward was replaced already (hooks of accelerate?); call rectify_ before")
     if ranks < 1 or E % ranks:
