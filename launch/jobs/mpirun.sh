@@ -4,9 +4,6 @@
 # the folders of Python, the configuration, the data and the run.
 #
 #     bash THIS_FILE
-#
-# With MPICH or Intel MPI instead:
-#     mpiexec -n @RANKS@ -ppn @RANKS_PER_NODE@ PYTHON -m wastenot.launch.train …
 
 set -euo pipefail
 cd @WORKDIR@

@@ -1,4 +1,4 @@
-"""Hosts played by network namespaces of this machine: each has its own name, its own loopback and one shared network."""
+"""Hosts played by network namespaces: each has a name and a loopback of its own, and a network shared by all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 
 ADDRESS = "10.78.0.{}"
 """Of host 1, host 2, …, on the network they share."""
+
+# `ip netns exec` would also hide /sys/fs/cgroup, which slurmd asks for.
+_ENTER = "nsenter --net=/run/netns/{} unshare --uts --mount"
 
 
 @contextlib.contextmanager
@@ -50,13 +53,33 @@ def _ip(command: str) -> None:
         raise OSError(f"this system refuses network namespaces: ip {command}: {done.stderr.strip()}")
 
 
+def write_names(prefix: str, count: int, file: Path) -> Path:
+    """Writes an /etc/hosts by which `count` hosts know each other; returns `file`."""
+    known = [f"{ADDRESS.format(number)} {prefix}{number}" for number in range(1, count + 1)]
+    file.write_text("\n".join(["127.0.0.1 localhost", *known, ""]))
+    return file
+
+
 def on_host(prefix: str, number: int, command: str, names: Path | None = None) -> list[str]:
-    """`command` of a shell, run where only that host's network and name are seen; `names` is its /etc/hosts."""
+    """`command` of a shell, run where only that host's network and name are seen; `names` is its /etc/hosts, if any."""
     name = f"{prefix}{number}"
-    known = "" if names is None else f"mount --bind {names} /etc/hosts; "
-    # `ip netns exec` would also hide /sys/fs/cgroup, which slurmd asks for.
-    inside = ["nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "--mount"]
-    return [*inside, "sh", "-c", f"hostname {name}; {known}{command}"]
+    return [*_ENTER.format(name).split(), "sh", "-c", f"{_introduce(name, names)}{command}"]
+
+
+def write_agent(prefix: str, file: Path, names: Path | None = None) -> Path:
+    """Writes what stands in for ssh between the hosts, called as `FILE [-option…] HOST COMMAND…`; returns `file`."""
+    file.write_text(
+        "#!/bin/bash\n"
+        "while [[ $1 == -* ]]; do shift; done\n"
+        f"name={prefix}${{1##*[.h]}}; shift\n"
+        f'exec {_ENTER.format("$name")} bash -c "{_introduce("$name", names)}$*"\n'
+    )
+    file.chmod(0o755)
+    return file
+
+
+def _introduce(name: str, names: Path | None) -> str:
+    return f"hostname {name}; " + (f"mount --bind {names} /etc/hosts; " if names is not None else "")
 
 
 def run_all(commands: list[list[str]]) -> list[str]:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from namespaces import ADDRESS, namespace_hosts, on_host
+from namespaces import ADDRESS, namespace_hosts, on_host, write_names
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 START_SECONDS = 60.0
@@ -111,8 +111,7 @@ def _write_files(cluster: Cluster) -> None:
         (folder / name).mkdir()
     (folder / "munge.key").touch(mode=0o600)
     (folder / "munge.key").write_bytes(secrets.token_bytes(128))
-    known = [f"{ADDRESS.format(host)} {prefix}{host}" for host in (*NODES, HEAD)]
-    (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *known, ""]))
+    write_names(prefix, HEAD, folder / "hosts")
     nodes = [f"NodeName={prefix}{node} NodeAddr={ADDRESS.format(node)} CPUs=2 State=UNKNOWN" for node in NODES]
     text = CONFIG.format(
         prefix=prefix, folder=folder, head=HEAD, head_address=ADDRESS.format(HEAD), nodes="\n".join(nodes)

@@ -12,7 +12,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from namespaces import ADDRESS, on_host, run_all
+from namespaces import ADDRESS, on_host, run_all, write_agent
 from real_runs import finish, losses, start
 
 LAYOUTS = [{"expert": 2, "tensor": 2, "data": 2}, {"expert": 1, "pipeline": 2, "data": 2}]
@@ -54,14 +54,7 @@ def test_mpirun_on_two_hosts_finds_the_network_they_share(hosts, program, tmp_pa
     pytest.importorskip("mpi4py", reason="needs the extra `mpi`", exc_type=ImportError)
     if not (TOOLS / "mpirun").exists():
         pytest.skip("needs the extra `mpi`: no mpirun beside this Python")
-    agent = tmp_path / "agent"
-    agent.write_text(
-        "#!/bin/bash\n"
-        "# Stands in for ssh: agent [options] HOST COMMAND…\n"
-        "while [[ $1 == -* ]]; do shift; done\n"
-        f'name={hosts}${{1##*.}}; shift\nexec ip netns exec $name unshare -u bash -c "hostname $name; $*"\n'
-    )
-    agent.chmod(0o755)
+    agent = write_agent(hosts, tmp_path / "agent")
     network = ADDRESS.format("0/24")
     mpirun = (
         f"{TOOLS / 'mpirun'} --allow-run-as-root -n 2 --host {ADDRESS.format(1)}:1,{ADDRESS.format(2)}:1 "

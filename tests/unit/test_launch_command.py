@@ -17,6 +17,8 @@ EVERYTHING = [
     ["slurm", "quickstart", "--nodes", "1", "--cpus-per-rank", "4", "--account", "me"],
     ["mpi", "quickstart", "--nodes", "2", "--hosts", "node1,node2"],
     ["mpi", "quickstart", "--nodes", "1"],
+    ["mpi", "quickstart", "--nodes", "2", "--hosts", "node1,node2", "--flavour", "mpich"],
+    ["mpi", "quickstart", "--nodes", "1", "--flavour", "intel"],
     ["torchrun", "quickstart", "--nodes", "2", "--hosts", "node1,node2", "--port", "4000"],
     ["torchrun", "quickstart", "--nodes", "1"],
 ]
@@ -46,8 +48,11 @@ def test_options_reach_their_launcher(capsys):
     assert "#SBATCH --cpus-per-task=4\n" in cpus and "SRUN_CPUS_PER_TASK=4" in cpus
     assert '--host "node1:1,node2:1"' in script_of(EVERYTHING[2], capsys)
     assert "--host" not in script_of(EVERYTHING[3], capsys)
-    assert "--rdzv-endpoint=node1:4000" in script_of(EVERYTHING[4], capsys)
-    assert "--rdzv-endpoint=localhost:0" in script_of(EVERYTHING[5], capsys)
+    hydra = script_of(EVERYTHING[4], capsys)
+    assert "-n 2\n    -ppn 1\n    -hosts node1:1,node2:1\n" in hydra
+    assert "-hosts" not in script_of(EVERYTHING[5], capsys)
+    assert "--rdzv-endpoint=node1:4000" in script_of(EVERYTHING[6], capsys)
+    assert "--rdzv-endpoint=localhost:0" in script_of(EVERYTHING[7], capsys)
 
 
 def test_a_line_without_its_value_is_left_out():
