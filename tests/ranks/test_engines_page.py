@@ -87,7 +87,7 @@ def test_the_examples_of_a_section_run(section: str, home: Path):
 
 
 def test_what_the_examples_left_is_what_the_page_says(home: Path):
-    """After the sections above: the same losses by torchrun and mpirun, DeepSpeed's JSON, its weights as a native run."""
+    """After the sections above: the same losses by torchrun and mpirun, DeepSpeed's JSON, a native run."""
 
     def losses(name: str) -> list[float]:
         lines = (home / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
