@@ -6,7 +6,9 @@ from pathlib import Path
 
 from .config import TrainConfig
 from .engine_config import what_is_missing
-from .errors import Violation
+from .engines.deepspeed_json import contradictions, generated, read
+from .errors import UserError, Violation
+from .layout_rules import STEPS_PARTS
 
 _OWN_ONLY = {
     "parallel.tensor": (1, "cut by our tensor ranks"),
@@ -63,6 +65,21 @@ def megatron_has_words(config: TrainConfig) -> list[Violation]:
     ]
 
 
+def deepspeed_shares_out_what_it_can(config: TrainConfig) -> list[Violation]:
+    stage, found = config.deepspeed.zero, []
+    if config.engine != "deepspeed":
+        return []
+    if stage == 3 and config.parallel.expert > 1:
+        message = "3 is not there for experts over ranks (DeepSpeed refuses it); use 2, or parallel.expert: 1"
+        found.append(Violation(("deepspeed.zero", "parallel.expert"), message))
+    if stage and config.optimizer.name not in STEPS_PARTS:
+        message = f"{stage} gives {config.optimizer.name} parts of weights, which it cannot step; use 0, or optimizer.name: "
+        found.append(Violation(("deepspeed.zero", "optimizer.name"), message + " or ".join(STEPS_PARTS)))
+    if config.train.precision == "fp64":
+        found.append(Violation(("train.precision", "engine"), "DeepSpeed keeps no fp64; use fp32, or engine: native"))
+    return found
+
+
 def engine_is_installed(config: TrainConfig) -> list[Violation]:
     missing = what_is_missing(config.engine)
     return [Violation(("engine",), missing)] if missing else []
@@ -85,8 +102,24 @@ def deepspeed_json_exists(config: TrainConfig) -> list[Violation]:
     return [Violation(("deepspeed.json",), f"{path!r} is no file; give a DeepSpeed JSON, or null")]
 
 
-ENGINE_RULES = (others_do_what_they_can, deepspeed_has_no_stages, megatron_has_words)
-ENGINE_FILE_RULES = (engine_is_installed, megatron_has_devices, deepspeed_json_exists)
+def deepspeed_json_agrees(config: TrainConfig) -> list[Violation]:
+    path = config.deepspeed.json
+    if config.engine != "deepspeed" or path is None or not Path(path).is_file():
+        return []
+    try:
+        wrong = contradictions(read(path), generated(config, 1))
+    except UserError as error:
+        return [Violation(("deepspeed.json",), str(error).removeprefix("deepspeed.json: "))]
+    return [Violation(("deepspeed.json",), f"{path}: {each}") for each in wrong]
+
+
+ENGINE_RULES = (
+    others_do_what_they_can,
+    deepspeed_has_no_stages,
+    deepspeed_shares_out_what_it_can,
+    megatron_has_words,
+)
+ENGINE_FILE_RULES = (engine_is_installed, megatron_has_devices, deepspeed_json_exists, deepspeed_json_agrees)
 
 
 def _at(config: object, path: str) -> object:

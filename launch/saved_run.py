@@ -14,7 +14,7 @@ from ..moe.decoder import Decoder
 from ..parallel.apply import parallelize
 from ..parallel.checkpoint import Checkpointer, newest
 from ..parallel.expert import expert_parameter_names
-from ..parallel.manifest import Manifest, TensorEntry, read_manifest
+from ..parallel.manifest import Manifest, TensorEntry, read_manifest, write_manifest
 from ..parallel.mesh import Mesh, single
 from ..parallel.training_state import load_training_state, training_state
 from .config import TrainConfig
@@ -92,10 +92,12 @@ def _quantized(manifest: Manifest) -> list[str]:
     return sorted(name for name in manifest.tensors if name.startswith("model.") and name.endswith(".q"))
 
 
-def write_run(config: TrainConfig, model: Decoder, tokenizer: Tokenizer, source: str) -> None:
+def write_run(
+    config: TrainConfig, model: Decoder, tokenizer: Tokenizer, source: str, layout: Mapping[str, int] | None = None
+) -> None:
     """Makes `config.log.dir`, new or empty, a run with one checkpoint: of step 0, weights only, made from `source`.
 
-    A training run that resumes from it starts at step 0 with these weights.
+    layout: `Mesh.layout` of the ranks that trained it, where it is not that of `model`: capacity is per rank. A training run that resumes from it starts at step 0 with these weights.
     """
     folder = RunFolder(config.log.dir)
     folder.tokenizer.mkdir(parents=True)
@@ -104,6 +106,9 @@ def write_run(config: TrainConfig, model: Decoder, tokenizer: Tokenizer, source:
     state = training_state(model, None, model.mesh, expert_parameter_names(model).__contains__)
     checkpoints.save(0, state, {"source": source, "config": as_mapping(config)})
     checkpoints.close()
+    written = newest(folder.checkpoints)
+    if layout is not None and written is not None:
+        write_manifest(written, replace(read_manifest(written), layout=dict(layout)))
     # Last: a folder without it is no run yet.
     folder.config.write_text(dump_config(config), encoding="utf-8")
 
@@ -127,6 +132,12 @@ def blank_decoder(
 
 def find_checkpoint(folder: RunFolder, step: int | None) -> Path:
     """The checkpoint of `step`, or the newest complete one; UserError naming those there are where it is missing."""
+    engine = folder.load_config().engine
+    if engine != "native":
+        raise UserError(
+            f"{folder.path} was trained under engine: {engine}; make it a run of ours first: "
+            f"wastenot convert from-{engine} {folder.path} NEW"
+        )
     if step is None:
         found = newest(folder.checkpoints)
         if found is None:

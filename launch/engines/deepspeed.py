@@ -63,7 +63,8 @@ class DeepSpeedEngine:
         self.engine = _initialize(module, self.optimizer, said)
         self.stepper.engine = self.engine
         self.stepper.gradients = (SharedGradients if config.deepspeed.zero else WholeGradients)(self.engine, mesh)
-        self._output_layer = lambda: ours.gathered([self.decoder.output_weight])  # type: ignore[list-item]
+        if config.deepspeed.zero == 3:
+            ours.gather_output_layer(self.decoder)
         if mesh.world.rank == 0:
             ground.folder.path.mkdir(parents=True, exist_ok=True)
             write_atomically(ground.folder.path / "deepspeed.json", json.dumps(said, indent=2) + "\n")
@@ -111,15 +112,13 @@ class DeepSpeedEngine:
         return self.stepper.step(step, first_sample, stop)
 
     def evaluate(self, progress: Callable[[int, int], None]) -> Evaluation:
-        with self._output_layer():
-            return evaluate_decoder(self.decoder, self.ground, progress)
+        return evaluate_decoder(self.decoder, self.ground, progress)
 
     def evaluate_teacher(self, progress: Callable[[int, int], None]) -> Evaluation | None:
         return None
 
     def generate(self, prompt: list[int], count: int) -> list[int]:
-        with self._output_layer():
-            return generate_from(self.decoder, self.ground.config, prompt, count)
+        return generate_from(self.decoder, self.ground.config, prompt, count)
 
     def save(self, step: int, meta: Mapping[str, Any]) -> None:
         config, mesh = self.ground.config, self.ground.mesh

@@ -33,6 +33,17 @@ _WHOLE, _DECODER = "mp_rank_00_model_states.pt", "decoder."
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
 
 
+_OF_DEEPSPEED = ("deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.runtime.fp16.loss_scaler.LossScaler")
+"""What it pickles beside tensors."""
+
+
+class _Ignored:
+    """Stands for an object of DeepSpeed's."""
+
+    def __init__(self, *parts: object) -> None:
+        pass
+
+
 def newest(directory: Path) -> Path | None:
     """The checkpoint of `directory` that was saved last, or None."""
     found = _by_age(directory)
@@ -157,8 +168,9 @@ def _assembled(path: Path) -> dict[str, Tensor]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What DeepSpeed pickled, on the host; nothing in it is run but the names of DeepSpeed that it always holds."""
-    return torch.load(file, map_location="cpu", weights_only=True)
+    """What DeepSpeed pickled, on the host. Code in it is not run: of DeepSpeed's own objects nothing is made."""
+    with torch.serialization.safe_globals([(_Ignored, name) for name in _OF_DEEPSPEED]):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _by_age(directory: Path) -> list[Path]:

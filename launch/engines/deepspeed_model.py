@@ -7,6 +7,7 @@ checkpoints. `ExpertLayer` is one of that class without a layer of its own: it s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -120,6 +121,16 @@ def split_groups(optimizer: torch.optim.Optimizer, name: str) -> None:
     optimizer.param_groups[:] = split
 
 
-def gathered(parameters: list[nn.Parameter]) -> Any:
-    """While it is entered, `parameters` are whole also where ZeRO 3 shares them out."""
-    return deepspeed.zero.GatheredParameters(parameters)
+def gather_output_layer(decoder: Decoder) -> None:
+    """For ZeRO 3: where `decoder` is asked for losses or scores in no module's forward, it gathers the weight itself."""
+
+    def gathering(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def whole(*args: Any) -> Tensor:
+            # With gradients it is in that of `Learning`, around which DeepSpeed has gathered it, for backward too.
+            around = nullcontext() if torch.is_grad_enabled() else deepspeed.zero.GatheredParameters(decoder.output_weight)
+            with around:
+                return call(*args)
+
+        return whole
+
+    decoder.logits, decoder.loss_sum = gathering(decoder.logits), gathering(decoder.loss_sum)
