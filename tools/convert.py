@@ -1,4 +1,4 @@
-"""`wastenot convert`: a checkpoint of Hugging Face's or Megatron's as a run, and a run as a Hugging Face checkpoint."""
+"""`wastenot convert`: checkpoints of Hugging Face, Megatron, DeepSpeed as runs, and runs as Hugging Face's."""
 
 from __future__ import annotations
 
@@ -27,22 +27,24 @@ from ..moe.adapters.huggingface_names import has_experts
 from ..moe.decoder import Decoder
 from ..parallel.mesh import single
 
-HELP = "turn a checkpoint of Hugging Face's or Megatron's into a run, or a run into a Hugging Face checkpoint"
+HELP = "turn a checkpoint of Hugging Face, Megatron or DeepSpeed into a run, or a run into a Hugging Face checkpoint"
 EXAMPLE = """\
   wastenot convert to-hf runs/quickstart exported
+  wastenot convert from-deepspeed runs/under-deepspeed runs/ours
   wastenot convert from-megatron checkpoints/iter_0001000 runs/imported --tokenizer tokenizer.json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `wastenot convert`."""
-    parser.add_argument("direction", choices=["to-hf", "from-hf", "from-megatron"])
+    parser.add_argument("direction", choices=["to-hf", "from-hf", "from-deepspeed", "from-megatron"])
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a run for to-hf; a folder of safetensors for from-hf, of Megatron's torch_dist format for from-megatron",
+        help="a run for to-hf; a folder of safetensors for from-hf, of Megatron's torch_dist format for from-megatron; "
+        "a run that DeepSpeed trained, or a checkpoint of it, for from-deepspeed",
     )
     parser.add_argument("target", metavar="TARGET", help="the folder to write; must not exist, or be empty")
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="to-hf: step of the run; default: the newest")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="of a run: the step; default: the newest")
     parser.add_argument(
         "--family", choices=FAMILIES, help="to-hf: whose names to write; default: the first that can say the model"
     )
@@ -62,8 +64,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--tokenizer and --config are for from-megatron; the others read both from the source")
     if args.direction == "to-hf":
         done = to_huggingface(source, target, args.checkpoint, args.family)
-    elif args.checkpoint is not None or args.family is not None:
-        raise UserError(f"--checkpoint and --family are for to-hf; {args.direction} reads both from the source")
+    elif args.family is not None:
+        raise UserError(f"--family is for to-hf; {args.direction} reads it from the source")
+    elif args.direction == "from-deepspeed":
+        from .convert_deepspeed import from_deepspeed
+
+        done = from_deepspeed(source, target, args.checkpoint)
+    elif args.checkpoint is not None:
+        raise UserError(f"--checkpoint is for runs; {args.direction} reads it from the source")
     elif args.direction == "from-megatron":
         # Here: the others do not need it.
         from .convert_megatron import from_megatron

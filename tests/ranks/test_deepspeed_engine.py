@@ -1,26 +1,26 @@
-"""Runs that DeepSpeed trains: the numbers of the native engine, its own checkpoints, and what they become."""
+"""Runs that DeepSpeed trains: the numbers of the native engine, checkpoints of its own, and what they become."""
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import shutil
+import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from real_runs import finish, log_dir, losses, start, summary
-from spawned import run_ranks
+from spawned import RankError, run_ranks
+from torch import Tensor, nn
 
-from wastenot.launch.config import TrainConfig
 from wastenot.launch.console import RunConsole
 from wastenot.launch.corpus import prepare
-from wastenot.launch.engines import deepspeed_checkpoints as checkpoints
+from wastenot.launch.engine_config import what_is_missing
+from wastenot.launch.engines.deepspeed_checkpoints import newest
 from wastenot.launch.env import Rank
-from wastenot.launch.run_folder import RunFolder
 from wastenot.launch.saved_run import open_run
 from wastenot.launch.settings import load_config
 from wastenot.launch.trainer import Trainer
@@ -30,50 +30,166 @@ from wastenot.parallel.events import Recorders
 from wastenot.parallel.mesh import make_mesh
 from wastenot.tools.cli import main
 
-pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.skipif(bool(what_is_missing("deepspeed")), reason=what_is_missing("deepspeed"))
 
-SHARED, COPIED = {"expert": 2, "piece_bytes": 0}, {"expert": 1, "data": 2, "piece_bytes": 0}
+COPIED = {"expert": 1, "data": 2}
+BROKEN = 3
+"""The step whose loss is not finite, where a run is to have one."""
 
 
-def train_all(rank: int, world: int, runs: list[Path]) -> None:
-    """Runs as `wastenot train` makes them, one after the other on ranks that are there."""
-    # DeepSpeed's own imports and calls; runs from the command line print none of them.
+def train_all(rank: int, world: int, runs: list[Path], broken: bool = False) -> list[dict[str, Tensor]]:
+    """Runs as `wastenot train` makes them, on ranks that are there; the weights that this rank has at their ends."""
+    # DeepSpeed's own imports and calls.
     warnings.simplefilter("ignore")
-    for path in runs:
-        config = load_config(path)
-        ledger, watchdog = Ledger(), Watchdog(Rank(rank=rank, world=world, local_rank=rank, local_world=world), None, 60.0)
-        mesh = make_mesh(config.parallel, "cpu", Recorders(ledger, watchdog))
-        console = RunConsole(speaks=False)
-        trainer = Trainer(config, mesh, prepare(config.data), console=console, ledger=ledger, watchdog=watchdog)
-        trainer.run()
+    return [train(rank, world, path, broken) for path in runs]
+
+
+def train(rank: int, world: int, path: Path, broken: bool) -> dict[str, Tensor]:
+    config = load_config(path)
+    place = Rank(rank=rank, world=world, local_rank=rank, local_world=world)
+    ledger, watchdog = Ledger(), Watchdog(place, None, 60.0)
+    mesh = make_mesh(config.parallel, "cpu", Recorders(ledger, watchdog))
+    console = RunConsole(speaks=False)
+    trainer = Trainer(config, mesh, prepare(config.data), console=console, ledger=ledger, watchdog=watchdog)
+    model = trainer.engine.model if config.engine == "native" else trainer.engine.decoder  # pyright: ignore
+    assert isinstance(model, nn.Module)
+
+    def spoil(module: nn.Module, given: object, made: Tensor) -> Tensor | None:
+        return made * math.nan if broken and module.training and trainer.progress.step == BROKEN - 1 else None
+
+    model.embedding.register_forward_hook(spoil)  # pyright: ignore
+    trainer.run()
+    if config.engine == "native" or config.deepspeed.zero < 3:
+        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 @pytest.fixture(scope="module")
 def run(made):
-    """Writes the configuration of a short run: run(engine, zero, **changes) -> path of the YAML file."""
+    """Writes the configuration of a short run: run(zero, **changes) -> path; zero: ZeRO's stage, or None for native."""
 
-    def write(engine: str = "native", zero: int = 0, **changes: object) -> Path:
-        given = {name: changes.pop(name, {}) for name in ("train", "checkpoint")}
-        train = {"steps": 8, "eval_every": 0, "sample_tokens": 2, **given["train"]}
-        path = made(train=train, checkpoint={"every": 0, **given["checkpoint"]}, deepspeed={"zero": zero}, **changes)
+    def write(zero: int | None = None, json: str | None = None, **changes: object) -> Path:
+        train, checkpoint = changes.pop("train", {}), changes.pop("checkpoint", {})
+        path = made(
+            train={"steps": 8, "eval_every": 0, "sample_tokens": 2, **train},  # type: ignore[dict-item]
+            checkpoint={"every": 4, "keep": 2, **checkpoint},  # type: ignore[dict-item]
+            **changes,
+        )
         settings = yaml.safe_load(path.read_text())
-        path.write_text(yaml.safe_dump({**settings, "engine": engine}))
+        if zero is not None:
+            settings |= {"engine": "deepspeed", "deepspeed": {"zero": zero, "json": json}}
+        path.write_text(yaml.safe_dump(settings))
         return path
 
     return write
 
 
-COPIED = {"expert": 1, "data": 2}
+def assert_same_curve(path: Path, native: Path, rel: float) -> None:
+    found, expected = losses(path), losses(native)
+    assert list(found) == list(expected) == list(range(1, 9))
+    for step, numbers in expected.items():
+        assert found[step] == pytest.approx(numbers, rel=rel, nan_ok=True), step
+    assert summary(path)["val_loss"] == pytest.approx(summary(native)["val_loss"], rel=rel)
+    for number in ("skipped", "rectified_ratio", "parameters"):
+        assert summary(path).get(number) == summary(native).get(number), number
 
 
-def test_x(run):
-    import time
-    bf = {"precision": "bf16", "accumulate": 2}
-    configs = [run(), *(run("deepspeed", z) for z in (0, 1,2)), run(parallel=COPIED), run("deepspeed", 3, parallel=COPIED),
-       run(train=bf), run("deepspeed", 0, train=bf),run("deepspeed", 1, train=bf),run("deepspeed", 2, train=bf), run(parallel=COPIED, train=bf, model={"tie_embeddings": True}), run("deepspeed", 3, parallel=COPIED, train=bf, model={"tie_embeddings": True})]
-    t=time.time()
-    run_ranks(2, train_all, configs, timeout=300)
-    print(time.time()-t)
-    for a, b in ((0,1),(0,2),(0,3),(4,5),(6,7),(6,8),(6,9),(10,11)):
-        x, y = losses(configs[a]), losses(configs[b])
-        print(a,b,len(x),len(y), max(abs(p-q)/q for s in x for p,q in zip(y[s],x[s])), summary(configs[a])["val_loss"]-summary(configs[b])["val_loss"])
+@pytest.fixture(scope="module")
+def trained(run) -> dict[int, tuple[Path, list[dict[str, Tensor]]]]:
+    """A run of every stage of ZeRO and each rank's weights at its end; the native runs as stages -1, and -3 for 3."""
+    split = {"train": {"accumulate": 2}}
+    whole = {"parallel": COPIED, "model": {"tie_embeddings": True}, **split}
+    runs = {-1: run(**split), **{zero: run(zero, **split) for zero in (0, 1, 2)}, -3: run(**whole), 3: run(3, **whole)}
+    weights = run_ranks(2, train_all, list(runs.values()), True, timeout=300)
+    return {stage: (path, [rank[i] for rank in weights]) for i, (stage, path) in enumerate(runs.items())}
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_every_stage_has_the_losses_and_norms_of_the_native_engine(trained, zero):
+    path, native = trained[zero][0], trained[-3 if zero == 3 else -1][0]
+    assert_same_curve(path, native, 1e-5)
+    assert math.isnan(losses(path)[BROKEN][0])
+    said = json.loads((log_dir(path) / "deepspeed.json").read_text())
+    assert (said["zero_optimization"]["stage"], said["train_micro_batch_size_per_gpu"]) == (zero, 2)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_converted_run_has_the_weights_that_trained_bit_for_bit(trained, zero, tmp_path, capsys):
+    path, (first, second) = trained[zero]
+    target = tmp_path / "converted"
+    assert main(["convert", "from-deepspeed", str(log_dir(path)), str(target)]) == 0
+    assert "deepspeed" not in sys.modules, "a machine without it can read them"
+    saved = open_run(target)
+    found = saved.model.state_dict()
+    assert found.keys() == first.keys()
+    for name, tensor in found.items():
+        shared = ".experts." in name and zero < 3
+        assert torch.equal(tensor, torch.cat([first[name], second[name]]) if shared else first[name]), name
+    capsys.readouterr()
+    assert main(["eval", str(target), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(summary(path)["val_loss"], rel=1e-6)
+    assert main(["eval", str(log_dir(path))]) == 2
+    assert "wastenot convert from-deepspeed" in capsys.readouterr().err
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained, run):
+    cut = []
+    for zero in (0, 1, 3):
+        path, _ = trained[zero]
+        again = run(zero, **yaml.safe_load(path.read_text()) | {"log": {}})
+        shutil.copytree(log_dir(path), log_dir(again))
+        shutil.rmtree(log_dir(again) / "checkpoints" / "step-00000008")
+        # As a run leaves it that was killed while it saved.
+        shutil.copytree(newest(log_dir(again) / "checkpoints"), log_dir(again) / "checkpoints" / ".partial-step-00000008")
+        (log_dir(again) / "metrics.jsonl").unlink()
+        cut.append((again, zero))
+    weights = run_ranks(2, train_all, [path for path, _ in cut], True, timeout=300)
+    for i, (again, zero) in enumerate(cut):
+        path, before = trained[zero]
+        expected = losses(path)
+        assert losses(again) == {step: expected[step] for step in range(5, 9)}
+        folders = sorted(each.name for each in (log_dir(again) / "checkpoints").iterdir() if each.is_dir())
+        assert folders == ["step-00000004", "step-00000008"]
+        for rank, tensors in enumerate(weights):
+            assert all(torch.equal(tensor, before[rank][name]) for name, tensor in tensors[i].items()), zero
+
+
+def test_bf16_and_adapprox_train_as_natively(run):
+    bf16, adapprox = {"train": {"precision": "bf16"}}, {"optimizer": {"name": "adapprox"}}
+    runs = [run(**bf16), run(1, **bf16), run(**adapprox), run(0, **adapprox)]
+    run_ranks(2, train_all, runs, timeout=300)
+    # bf16 makes much of the last bits of fp32: sums in another order.
+    assert_same_curve(runs[1], runs[0], 2e-3)
+    assert_same_curve(runs[3], runs[2], 1e-5)
+
+
+def test_a_rank_alone_trains_and_the_console_is_ours(run):
+    path = run(1, parallel={"expert": 1, "data": 1})
+    said = finish(start(path))
+    assert "trained          8 steps" in said
+    assert not [line for line in said.splitlines() if "WARNING" in line or "Warning" in line or "eepSpeed" in line]
+
+
+def test_what_cannot_be_is_one_line(trained, run, tmp_path, capsys):
+    theirs, ours = (log_dir(trained[stage][0]) for stage in (1, -1))
+
+    def refused(path: Path, *words: str) -> None:
+        assert main(["train", str(path)]) == 2
+        said = capsys.readouterr().err
+        assert all(word in said for word in words), said
+
+    contradicting = tmp_path / "theirs.json"
+    contradicting.write_text('{"train_batch_size": 16, "zero_optimization": {"stage": "auto"}, "optimizer": {"type": "Adam"}}')
+    refused(run(3), "deepspeed.zero", "use 2, or parallel.expert: 1")
+    refused(run(1, optimizer={"name": "muon"}), "deepspeed.zero: 1", "adamw")
+    refused(run(1, json=str(contradicting)), "train_batch_size: 16 is not 8, which train.batch decides", "optimizer.name")
+    resume = {"checkpoint": {"resume": str(theirs)}}
+    with pytest.raises(RankError, match="wastenot convert from-deepspeed"):
+        run_ranks(2, train_all, [run(**resume)])
+    with pytest.raises(RankError, match="zero 1, not 2: DeepSpeed resumes in the same layout"):
+        run_ranks(2, train_all, [run(2, **resume)])
+    with pytest.raises(RankError, match="holds checkpoints of engine: native"):
+        run_ranks(2, train_all, [run(1, checkpoint={"resume": str(ours)})])
