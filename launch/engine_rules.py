@@ -73,7 +73,9 @@ def deepspeed_shares_out_what_it_can(config: TrainConfig) -> list[Violation]:
         message = "3 is not there for experts over ranks (DeepSpeed refuses it); use 2, or parallel.expert: 1"
         found.append(Violation(("deepspeed.zero", "parallel.expert"), message))
     if stage and config.optimizer.name not in STEPS_PARTS:
-        message = f"{stage} gives {config.optimizer.name} parts of weights, which it cannot step; use 0, or optimizer.name: "
+        message = (
+            f"{stage} gives {config.optimizer.name} parts of weights, which it cannot step; use 0, or optimizer.name: "
+        )
         found.append(Violation(("deepspeed.zero", "optimizer.name"), message + " or ".join(STEPS_PARTS)))
     if config.train.precision == "fp64":
         found.append(Violation(("train.precision", "engine"), "DeepSpeed keeps no fp64; use fp32, or engine: native"))

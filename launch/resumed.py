@@ -26,7 +26,9 @@ def checkpoint_in(path: Path) -> Path:
         found = newest(folder) if folder.is_dir() else None
         if found is not None:
             return found
-    if any(any(path.glob(pattern)) for pattern in ("*_model_states.pt", "*/*_model_states.pt", "*/*/*_model_states.pt")):
+    if any(
+        any(path.glob(pattern)) for pattern in ("*_model_states.pt", "*/*_model_states.pt", "*/*/*_model_states.pt")
+    ):
         raise UserError(
             f"{path} holds checkpoints of engine: deepspeed; make it a run of ours first: "
             f"wastenot convert from-deepspeed {path} NEW"

@@ -97,7 +97,8 @@ def write_run(
 ) -> None:
     """Makes `config.log.dir`, new or empty, a run with one checkpoint: of step 0, weights only, made from `source`.
 
-    layout: `Mesh.layout` of the ranks that trained it, where it is not that of `model`: capacity is per rank. A training run that resumes from it starts at step 0 with these weights.
+    layout: `Mesh.layout` of the ranks that trained it, whose capacity it has; None: that of `model`. A training run
+    that resumes from it starts at step 0 with these weights.
     """
     folder = RunFolder(config.log.dir)
     folder.tokenizer.mkdir(parents=True)

@@ -20,20 +20,18 @@ from torch import Tensor
 
 from ...parallel.expert import expert_parameter_names
 from ...parallel.mesh import Mesh
-from ..config import TrainConfig
 from ..data import Samples
 from ..errors import UserError
 from ..evaluate import Evaluation
 from ..optimizer import make_optimizer
 from ..optimizer_config import refuse_state_of_others
 from ..run_folder import write_atomically
-from ..step import MicroBatch, StepResult, Stepper
+from ..step import MicroBatch, Stepper, StepResult
 from . import deepspeed_checkpoints as checkpoints
 from .decoder import count_parameters, evaluate_decoder, generate_from, new_decoder
 from .deepspeed_gradients import SharedGradients, WholeGradients
 from .deepspeed_json import merged
 from .engine import Ground, Restored
-
 
 _EXPECTED = ("untested optimizer", "unknown inputs or outputs type")
 """In warnings of DeepSpeed: about optimizers that were tried here, and modules whose outputs hold routings."""
@@ -180,7 +178,8 @@ def _prepare(mesh: Mesh) -> bool:
     if dist.is_initialized():
         return False
     backend = "nccl" if mesh.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return True
 
 

@@ -48,7 +48,7 @@ class Learning(nn.Module):
         return self._learn(tokens_BS)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As torch's; experts that ranks share are those of `expert_layers` alone, one by one, as DeepSpeed has them."""
+        """As torch's; experts that ranks share are there one by one, as those of `expert_layers`."""
         tensors = super().state_dict(*args, **kwargs)
         for name, layer in self._expert_layers():
             for key, _ in layer.stacks():
@@ -122,12 +122,14 @@ def split_groups(optimizer: torch.optim.Optimizer, name: str) -> None:
 
 
 def gather_output_layer(decoder: Decoder) -> None:
-    """For ZeRO 3: where `decoder` is asked for losses or scores in no module's forward, it gathers the weight itself."""
+    """For ZeRO 3: asked for losses or scores in no module's forward, `decoder` gathers the weight itself."""
 
     def gathering(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def whole(*args: Any) -> Tensor:
             # With gradients it is in that of `Learning`, around which DeepSpeed has gathered it, for backward too.
-            around = nullcontext() if torch.is_grad_enabled() else deepspeed.zero.GatheredParameters(decoder.output_weight)
+            around = (
+                nullcontext() if torch.is_grad_enabled() else deepspeed.zero.GatheredParameters(decoder.output_weight)
+            )
             with around:
                 return call(*args)
 

@@ -91,10 +91,11 @@ def assert_same_curve(path: Path, native: Path, rel: float) -> None:
     found, expected = losses(path), losses(native)
     assert list(found) == list(expected) == list(range(1, 9))
     for step, numbers in expected.items():
-        assert found[step] == pytest.approx(numbers, rel=rel, nan_ok=True), step
+        # What is not finite is null in a line of metrics.
+        assert found[step] == (numbers if None in numbers else pytest.approx(numbers, rel=rel)), step
     assert summary(path)["val_loss"] == pytest.approx(summary(native)["val_loss"], rel=rel)
-    for number in ("skipped", "rectified_ratio", "parameters"):
-        assert summary(path).get(number) == summary(native).get(number), number
+    for number in ("skipped_steps", "rectified_ratio", "parameters"):
+        assert summary(path)[number] == summary(native)[number], number
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,8 @@ def trained(run) -> dict[int, tuple[Path, list[dict[str, Tensor]]]]:
 def test_every_stage_has_the_losses_and_norms_of_the_native_engine(trained, zero):
     path, native = trained[zero][0], trained[-3 if zero == 3 else -1][0]
     assert_same_curve(path, native, 1e-5)
-    assert math.isnan(losses(path)[BROKEN][0])
+    assert losses(path)[BROKEN][0] is None
+    assert summary(path)["skipped_steps"] == 1
     said = json.loads((log_dir(path) / "deepspeed.json").read_text())
     assert (said["zero_optimization"]["stage"], said["train_micro_batch_size_per_gpu"]) == (zero, 2)
 
@@ -130,7 +132,7 @@ def test_a_converted_run_has_the_weights_that_trained_bit_for_bit(trained, zero,
         assert torch.equal(tensor, torch.cat([first[name], second[name]]) if shared else first[name]), name
     capsys.readouterr()
     assert main(["eval", str(target), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(summary(path)["val_loss"], rel=1e-6)
+    assert json.loads(capsys.readouterr().out)["val_loss"] == pytest.approx(summary(path)["val_loss"], rel=1e-6)
     assert main(["eval", str(log_dir(path))]) == 2
     assert "wastenot convert from-deepspeed" in capsys.readouterr().err
 
@@ -139,11 +141,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained, run):
     cut = []
     for zero in (0, 1, 3):
         path, _ = trained[zero]
-        again = run(zero, **yaml.safe_load(path.read_text()) | {"log": {}})
+        again = run(zero)
+        settings = yaml.safe_load(path.read_text()) | {"log": yaml.safe_load(again.read_text())["log"]}
+        again.write_text(yaml.safe_dump(settings))
         shutil.copytree(log_dir(path), log_dir(again))
         shutil.rmtree(log_dir(again) / "checkpoints" / "step-00000008")
         # As a run leaves it that was killed while it saved.
-        shutil.copytree(newest(log_dir(again) / "checkpoints"), log_dir(again) / "checkpoints" / ".partial-step-00000008")
+        shutil.copytree(
+            newest(log_dir(again) / "checkpoints"), log_dir(again) / "checkpoints" / ".partial-step-00000008"
+        )
         (log_dir(again) / "metrics.jsonl").unlink()
         cut.append((again, zero))
     weights = run_ranks(2, train_all, [path for path, _ in cut], True, timeout=300)
@@ -182,10 +188,14 @@ def test_what_cannot_be_is_one_line(trained, run, tmp_path, capsys):
         assert all(word in said for word in words), said
 
     contradicting = tmp_path / "theirs.json"
-    contradicting.write_text('{"train_batch_size": 16, "zero_optimization": {"stage": "auto"}, "optimizer": {"type": "Adam"}}')
+    contradicting.write_text(
+        '{"train_batch_size": 16, "zero_optimization": {"stage": "auto"}, "optimizer": {"type": "Adam"}}'
+    )
     refused(run(3), "deepspeed.zero", "use 2, or parallel.expert: 1")
     refused(run(1, optimizer={"name": "muon"}), "deepspeed.zero: 1", "adamw")
-    refused(run(1, json=str(contradicting)), "train_batch_size: 16 is not 8, which train.batch decides", "optimizer.name")
+    refused(
+        run(1, json=str(contradicting)), "train_batch_size: 16 is not 8, which train.batch decides", "optimizer.name"
+    )
     resume = {"checkpoint": {"resume": str(theirs)}}
     with pytest.raises(RankError, match="wastenot convert from-deepspeed"):
         run_ranks(2, train_all, [run(**resume)])
