@@ -59,6 +59,11 @@ class DeepSpeedEngine:
             ours.split_groups(self.optimizer, ours.group_name(mesh))
         said = merged(config, mesh.world.size)
         self.engine = _initialize(module, self.optimizer, said)
+        if config.deepspeed.zero and config.optimizer.name == "adapprox":
+            # Imported here: the others step parts of weights as they are.
+            from ...parallel.optim.zero import follow_zero
+
+            self.optimizer = self.stepper.optimizer = follow_zero(self.engine)
         self.stepper.engine = self.engine
         self.stepper.gradients = (SharedGradients if config.deepspeed.zero else WholeGradients)(self.engine, mesh)
         if config.deepspeed.zero == 3:
