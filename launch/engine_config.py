@@ -33,8 +33,6 @@ class DeepSpeedConfig:
 class MegatronConfig:
     """Only read where `engine` is megatron."""
 
-    distributed_optimizer: bool = False
-    """Share the optimizer's state out among data-parallel ranks."""
     layer: Literal["megatron", "wastenot"] = "megatron"
     """Whose MoE layer: Megatron's dispatcher and experts behind our router, or our layer as a whole."""
 

@@ -53,7 +53,9 @@ def megatron_has_words(config: TrainConfig) -> list[Violation]:
         ("train.precision", "fp64", "its norms and rotary embeddings are fp32; use fp32"),
     ]
     if moe is not None:
-        cannot.append(("model.moe.dispatch", "padded", "its dispatcher sends the rows that there are; use ragged"))
+        if config.megatron.layer == "megatron":
+            why = "its dispatcher sends the rows that there are; use ragged, megatron.layer: wastenot"
+            cannot.append(("model.moe.dispatch", "padded", why))
         if config.router.kind != "learned":
             cannot.append(("router.kind", config.router.kind, "is for benchmarks of our own layer; use learned"))
     if parallel.pipeline > 1 and parallel.schedule != "1f1b":

@@ -1,59 +1,105 @@
 """Megatron-Core trains: its GPTModel, its pipeline schedule and its reduction of gradients, around our router.
 
-The weights are those of our decoder, and Megatron's model shares their memory (`megatron_model.py`): the optimizer,
-checkpoints and generation are the native engine's, so that a run goes on, or is evaluated, under either engine.
+The weights are those of our decoder, whose memory Megatron's model shares (`megatron_model.py`). So the optimizer sees
+the matrices that it sees natively, checkpoints are the native ones, and a run goes on under either engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from ...parallel.gradients import Gradients
 from ..data import Samples
 from ..evaluate import Evaluation, judged
-from .engine import Restored
+from ..optimizer import make_optimizer
+from ..step import StepResult
+from .checkpoints import DecoderCheckpoints
+from .decoder import count_parameters, generate_from, new_decoder
+from .engine import Ground, Restored
 from .megatron_model import MegatronModel, make_groups
 from .megatron_step import MegatronStepper
-from .native import NativeEngine
 
 
-class MegatronEngine(NativeEngine):
+class MegatronEngine:
     """See `engine.Engine`."""
 
-    theirs: MegatronModel
-
-    def make_stepper(self, gradients: Gradients, samples: Samples) -> MegatronStepper:
-        """Builds Megatron's model as well."""
-        config, mesh = self.ground.config, self.ground.mesh
-        make_groups(config, mesh)
-        self.theirs = MegatronModel(config, mesh, self.model)
-        return MegatronStepper(config, mesh, self.model, self.optimizer, gradients, samples, self.theirs)
+    def __init__(self, ground: Ground) -> None:
+        """Builds everything on this rank."""
+        self.ground = ground
+        config, mesh = ground.config, ground.mesh
+        self._alone = make_groups(config, mesh)
+        self.decoder = new_decoder(ground)
+        self.optimizer = make_optimizer(self.decoder, config.optimizer)
+        gradients = Gradients(self.decoder, mesh, config.parallel.bucket_bytes)
+        samples = Samples(ground.train, config.data.seq_len, config.train.seed)
+        self.model = MegatronModel(config, mesh, self.decoder, ground.piece_bytes)
+        self.stepper = MegatronStepper(config, mesh, self.decoder, self.optimizer, gradients, samples, self.model)
+        self.checkpoints = DecoderCheckpoints(ground, self.decoder, self.optimizer)
 
     def restore(self) -> Restored | None:
-        restored = super().restore()
-        self.theirs.refresh()
+        restored = self.checkpoints.restore()
+        self.model.refresh()
         return restored
+
+    def step(self, step: int, first_sample: int, stop: bool) -> StepResult:
+        return self.stepper.step(step, first_sample, stop)
 
     def evaluate(self, progress: Callable[[int, int], None]) -> Evaluation:
         """By Megatron's model, in its schedule."""
-        ground, theirs = self.ground, self.theirs
-        data, train = ground.config.data, ground.config.train
+        config, model = self.ground.config, self.model
+
+        def forward(*batch: Tensor) -> Tensor:
+            return model(*batch)[0]
 
         def judge(tokens_BS: Tensor, targets_BS: Tensor, text: int) -> Tensor | None:
-            batch = (tokens_BS, targets_BS)
-            losses = theirs.run([batch], lambda *batch: theirs(*batch)[0], tokens=1, forward_only=True)
+            losses = model.run([(tokens_BS, targets_BS)], forward, tokens=1, forward_only=True)
             return losses[0] if losses else None
 
-        theirs.eval()
+        model.eval()
         result = judged(
-            judge, ground.held_out, ground.mesh, seq_len=data.seq_len, batch=train.eval_batch, progress=progress
+            judge,
+            self.ground.held_out,
+            self.ground.mesh,
+            seq_len=config.data.seq_len,
+            batch=config.train.eval_batch,
+            progress=progress,
         )
-        theirs.train()
+        model.train()
         return result
 
+    def evaluate_teacher(self, progress: Callable[[int, int], None]) -> Evaluation | None:
+        return None
+
+    def generate(self, prompt: list[int], count: int) -> list[int]:
+        return generate_from(self.decoder, self.ground.config, prompt, count)
+
+    def save(self, step: int, meta: Mapping[str, Any]) -> None:
+        self.checkpoints.save(step, meta)
+
+    def wait(self) -> None:
+        self.checkpoints.wait()
+
     def close(self) -> None:
-        super().close()
+        self.checkpoints.close()
         parallel_state.destroy_model_parallel()
+        if self._alone:
+            dist.destroy_process_group()
+
+    def num_parameters(self) -> int:
+        is_expert = self.checkpoints.is_expert
+        sizes = [(is_expert(name), p.numel()) for name, p in self.decoder.named_parameters()]
+        return count_parameters(sizes, self.ground.mesh)
+
+    def recomputed_seconds(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
+    def planned(self) -> dict[str, Any]:
+        return {}
+
+    def look(self) -> None:
+        pass

@@ -16,12 +16,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from ...moe.adapters.megatron_gate import Gate
-from ...moe.adapters.megatron_names import Link, gpt_links, to_megatron
+from ...moe.adapters.megatron_names import Link, gpt_links, to_megatron, to_ours
+from ...moe.adapters.megatron_ours import Gate, Mixture
 from ...moe.decoder import Decoder
 from ...moe.layer import MoELayer
 from ...moe.routing import Routing
@@ -31,12 +32,13 @@ from ..config import TrainConfig
 from ..precision import compute_dtype
 
 
-def make_groups(config: TrainConfig, mesh: Mesh) -> None:
+def make_groups(config: TrainConfig, mesh: Mesh) -> bool:
     """Megatron's process groups, over the same ranks as ours; all ranks call it together.
 
-    A run of one rank has no process group, and Megatron wants one: then one is made.
+    Returns whether a process group was made here: Megatron wants one also for a rank alone.
     """
-    if not dist.is_initialized():
+    alone = not dist.is_initialized()
+    if alone:
         backend = "nccl" if mesh.device.type == "cuda" else "gloo"
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -55,6 +57,7 @@ def make_groups(config: TrainConfig, mesh: Mesh) -> None:
     for name, group in theirs.items():
         found, ours = dist.get_process_group_ranks(group), _ranks(getattr(mesh, name))
         assert found == ours, f"Megatron-Core's {name} ranks are {found}, ours {ours}"
+    return alone
 
 
 def _ranks(axis: Axis) -> list[int]:
@@ -68,16 +71,16 @@ Batch = tuple[Tensor, Tensor]
 class MegatronModel(nn.Module):
     """This rank's stage of the GPTModel, in Megatron's DistributedDataParallel."""
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, decoder: Decoder) -> None:
+    def __init__(self, config: TrainConfig, mesh: Mesh, decoder: Decoder, piece_bytes: int) -> None:
         """Of the weights of `decoder`, whose memory it shares; but what Megatron fuses, or computes in bf16, is a copy,
-        which follows at a `refresh`."""
+        which follows at a `refresh`. All ranks build it together."""
         super().__init__()
         self.mesh, self.moe_layers = mesh, decoder.moe_layers
         tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
         self.config = transformer_config(config, mesh, decoder)
         model: Any = GPTModel(
             self.config,
-            _layers(config, mesh, decoder, self.config),
+            _layers(config, mesh, decoder, self.config, piece_bytes),
             vocab_size=config.model.vocab_size,
             max_sequence_length=config.data.seq_len,
             pre_process=decoder.stages.has_first,
@@ -85,16 +88,18 @@ class MegatronModel(nn.Module):
             share_embeddings_and_output_weights=config.model.tie_embeddings,
             position_embedding_type="rope",
             rotary_base=config.model.rope_theta,  # pyright: ignore[reportArgumentType]
-        ).to(mesh.device, self.config.params_dtype)
-        self.gates = [module for module in model.modules() if isinstance(module, Gate)]
-        for gate in self.gates:
-            gate.float()
+        ).to(mesh.device)
+        for module in model.modules():
+            if isinstance(module, nn.RMSNorm):
+                module.to(self.config.params_dtype)
         self.links = links_of(config, mesh, decoder)
         self.ours, self.theirs = dict(decoder.named_parameters()), dict(model.named_parameters())
         self.copied = _share(self.links, self.ours, self.theirs)
+        self.routers = [module for module in model.modules() if isinstance(module, Gate | Mixture)]
         layers = [module for module in decoder.modules() if isinstance(module, MoELayer)]
-        for gate, layer in zip(self.gates, layers, strict=True):
-            gate.bias_E = layer.router.bias_E
+        for router, layer in zip(self.routers, layers, strict=True):
+            if isinstance(router, Gate):
+                router.bias_E = layer.router.bias_E
         # Gradients are sums over ranks: every loss is divided by the counts of the global batch.
         reduction = DistributedDataParallelConfig(
             overlap_grad_reduce=True, grad_reduce_in_fp32=True, bucket_size=config.parallel.bucket_bytes // 4
@@ -110,8 +115,8 @@ class MegatronModel(nn.Module):
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, list[Routing]]:
         """Of the last stage the loss of each token [B, S] in nats, of others hidden states [S, B, D]; and routings."""
         routings: list[Routing] = []
-        for gate in self.gates:
-            gate.on_routing = routings.append
+        for router in self.routers:
+            router.on_routing = routings.append
         positions_BS = self.positions_1S.expand_as(tokens_BS)
         # bf16 weights are bf16 here.
         with torch.autocast(self.mesh.device.type, enabled=False):
@@ -143,9 +148,12 @@ class MegatronModel(nn.Module):
         """After a change of our weights: copies of them follow."""
         to_megatron(self.copied, self.ours, self.theirs)
 
-    def gradients(self) -> dict[str, Tensor]:
-        """By Megatron's names; summed over ranks when the last backward is through."""
-        return {name: p.main_grad for name, p in self.theirs.items()}
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """After the last backward: sums gradients over ranks, and leaves them at our weights."""
+        self.parallel.finish_grad_sync()
+        ours = {name: p.grad for name, p in self.ours.items() if p.grad is not None}
+        to_ours(self.links, {name: p.main_grad for name, p in self.theirs.items()}, ours)
 
 
 def _judge(targets_BS: Tensor, tokens: int, nats_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,7 +167,11 @@ def links_of(config: TrainConfig, mesh: Mesh, decoder: Decoder) -> list[Link]:
     """Of all parameters of this rank."""
     moe, stages = config.model.moe, decoder.stages
     held = 0 if moe is None else len(local_experts(moe.experts, mesh.expert))
-    return gpt_links(config.model, stages.held, held, (stages.has_first, stages.has_last))
+    return gpt_links(config.model, stages.held, held, (stages.has_first, stages.has_last), _is_whole(config))
+
+
+def _is_whole(config: TrainConfig) -> bool:
+    return config.megatron.layer == "wastenot"
 
 
 def transformer_config(config: TrainConfig, mesh: Mesh, decoder: Decoder) -> TransformerConfig:
@@ -221,19 +233,35 @@ def transformer_config(config: TrainConfig, mesh: Mesh, decoder: Decoder) -> Tra
     )
 
 
-def _layers(config: TrainConfig, mesh: Mesh, decoder: Decoder, theirs: TransformerConfig) -> Any:
+def _layers(
+    config: TrainConfig, mesh: Mesh, decoder: Decoder, theirs: TransformerConfig, piece_bytes: int
+) -> TransformerBlockSubmodules:
     """Megatron's specification of the layers that this rank holds."""
-    norms = {"qk_layernorm": theirs.qk_layernorm, "normalization": "RMSNorm"}
+    model = config.model
+    norms: dict[str, Any] = {"qk_layernorm": theirs.qk_layernorm, "normalization": "RMSNorm"}
     dense: Any = get_gpt_layer_local_spec(**norms)
-    sparse: Any = None
-    if theirs.num_moe_experts is not None:
-        sparse = get_gpt_layer_local_spec(theirs.num_moe_experts, moe_grouped_gemm=False, **norms)
+
+    def with_gate() -> Any:
+        spec: Any = get_gpt_layer_local_spec(theirs.num_moe_experts, moe_grouped_gemm=False, **norms).submodules.mlp
         gate = partial(Gate, router=config.router, mesh=mesh, backend=config.kernels)
-        # Copies: Megatron hands the same submodules to whoever asks.
-        mlp = replace(sparse.submodules.mlp, submodules=replace(sparse.submodules.mlp.submodules, router=gate))
-        sparse = replace(sparse, submodules=replace(sparse.submodules, mlp=mlp))
-    layers = [sparse if config.model.is_moe(layer) else dense for layer in decoder.stages.held]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=dense.submodules.input_layernorm)
+        return replace(spec, submodules=replace(spec.submodules, router=gate))
+
+    def with_layer(number: int) -> Any:
+        like = decoder.blocks.get_submodule(str(number)).ffn
+        assert model.moe is not None
+        make = partial(
+            MoELayer, model.d_model, model.moe, config.router, mesh, piece_bytes, config.kernels, model.nth_moe(number)
+        )
+        return ModuleSpec(Mixture, {"layer": like, "make": make})
+
+    def spec_of(number: int) -> Any:
+        if not model.is_moe(number):
+            return dense
+        mlp = with_layer(number) if _is_whole(config) else with_gate()
+        return replace(dense, submodules=replace(dense.submodules, mlp=mlp))
+
+    specs = [spec_of(number) for number in decoder.stages.held]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=dense.submodules.input_layernorm)
 
 
 def _share(links: Sequence[Link], ours: dict[str, nn.Parameter], theirs: dict[str, nn.Parameter]) -> list[Link]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...moe.adapters.megatron_names import to_ours
 from ..pipelined import Learning, Tally
 from ..step import Stepper
 from .megatron_model import Batch, MegatronModel
@@ -31,16 +30,14 @@ class MegatronStepper(Stepper):
         self._tally.clear()
         theirs.parallel.zero_grad_buffer()
         losses = theirs.run(self._read(first_sample), self._learning, config.train.batch * config.data.seq_len)
-        theirs.parallel.finish_grad_sync()
-        gradients = {name: p.grad for name, p in theirs.ours.items() if p.grad is not None}
-        to_ours(theirs.links, theirs.gradients(), gradients)
+        theirs.hand_over()
         loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for nats in losses:
             loss += nats.double()
         return {"loss": loss, "counts": self._tally.counts}, self._tally.shown
 
-    def _apply(self, norm: Tensor, counts: Tensor) -> None:
-        super()._apply(norm, counts)
+    def _update(self) -> None:
+        super()._update()
         self.theirs.refresh()
 
     def _read(self, first_sample: int) -> list[Batch]:

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ...parallel.checkpoint import Checkpointer
-from ...parallel.checkpoint import read_meta as read_checkpoint_meta
-from ...parallel.expert import expert_parameter_names
 from ...parallel.gradients import Gradients
-from ...parallel.training_state import load_training_state, training_state
 from ..data import Samples
-from ..errors import UserError
 from ..evaluate import Evaluation
 from ..freeze import freeze
 from ..optimizer import make_optimizer
-from ..optimizer_config import refuse_state_of_others
-from ..resumed import find_resumed
-from ..saved_run import refuse_quantized
 from ..start import load_start
-from ..step import Stepper, StepResult, make_stepper
+from ..step import StepResult, make_stepper
 from ..teacher import Teacher, open_teacher
 from ..zeros import keep_zeros
+from .checkpoints import DecoderCheckpoints
 from .decoder import count_parameters, evaluate_decoder, generate_from, new_decoder
 from .engine import Ground, Restored
 
@@ -47,52 +41,31 @@ class NativeEngine:
         self.optimizer = make_optimizer(self.model, config.optimizer)
         gradients = Gradients(self.model, mesh, config.parallel.bucket_bytes)
         samples = Samples(ground.train, config.data.seq_len, config.train.seed)
-        self.stepper = self.make_stepper(gradients, samples)
+        self.stepper = make_stepper(config, mesh, self.model, self.optimizer, gradients, samples, self.teacher)
         self.recompute: RecomputeLoop | None = None
         if config.recompute.mode == "lynx":
             # Imported here: planners take a second that others need not spend.
             from ..recompute_loop import RecomputeLoop
 
             self.recompute = RecomputeLoop(config, mesh, self.model, self.optimizer, ground.say)
-        self.checkpoints = Checkpointer(
-            ground.folder.checkpoints, mesh, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
-        )
-        experts = expert_parameter_names(self.model)
-        self.is_expert = lambda name: name in experts
-
-    def make_stepper(self, gradients: Gradients, samples: Samples) -> Stepper:
-        """What steps the model; all ranks call it together."""
-        ground = self.ground
-        return make_stepper(ground.config, ground.mesh, self.model, self.optimizer, gradients, samples, self.teacher)
+        self.checkpoints = DecoderCheckpoints(ground, self.model, self.optimizer)
 
     def restore(self) -> Restored | None:
         config, mesh = self.ground.config, self.ground.mesh
-        path = find_resumed(config, self.checkpoints)
-        self.ground.watchdog.at(0, "loading")
-        restored = None
-        if path is not None:
-            try:
-                refuse_quantized(path, "be trained")
-                # A converted checkpoint holds weights only: the run starts from them, at step 0.
-                saved = read_checkpoint_meta(path)
-                started = "progress" in saved
-                if started:
-                    refuse_state_of_others(config.optimizer, saved.get("config", {}).get("optimizer", {}), path)
-                    if self.teacher is not None:
-                        self.teacher.check_same(saved.get("teacher"), path)
-                optimizer = self.optimizer if started else None
-                meta = load_training_state(path, self.model, optimizer, mesh, self.is_expert)
-            except ValueError as error:
-                raise UserError(str(error)) from error
-            if started and self.recompute is not None:
-                self.recompute.load(meta.get("recompute"))
-            restored = Restored(path, meta if started else None, path.parent == self.ground.folder.checkpoints)
+        restored = self.checkpoints.restore(self._check)
+        if restored is not None:
+            if restored.meta is not None and self.recompute is not None:
+                self.recompute.load(restored.meta.get("recompute"))
         elif config.train.start is not None:
             start = load_start(config.train.start, self.model, mesh, self.ground.tokenizer)
             restored = Restored(start, None, False)
         if config.train.keep_zeros:
             keep_zeros(self.model, self.optimizer)
         return restored
+
+    def _check(self, saved: Mapping[str, Any], path: Path) -> None:
+        if self.teacher is not None:
+            self.teacher.check_same(saved.get("teacher"), path)
 
     def step(self, step: int, first_sample: int, stop: bool) -> StepResult:
         done: list[StepResult] = []
@@ -117,13 +90,12 @@ class NativeEngine:
         return generate_from(self.model, self.ground.config, prompt, count)
 
     def save(self, step: int, meta: Mapping[str, Any]) -> None:
-        state = training_state(self.model, self.optimizer, self.ground.mesh, self.is_expert)
         more: dict[str, Any] = {}
         if self.recompute is not None:
             more["recompute"] = self.recompute.state()
         if self.teacher is not None:
             more["teacher"] = dict(self.teacher.chosen)
-        self.checkpoints.save(step, state, {**meta, **more})
+        self.checkpoints.save(step, {**meta, **more})
 
     def wait(self) -> None:
         self.checkpoints.wait()
@@ -132,7 +104,8 @@ class NativeEngine:
         self.checkpoints.close()
 
     def num_parameters(self) -> int:
-        sizes = [(self.is_expert(name), p.numel()) for name, p in self.model.named_parameters()]
+        is_expert = self.checkpoints.is_expert
+        sizes = [(is_expert(name), p.numel()) for name, p in self.model.named_parameters()]
         return count_parameters(sizes, self.ground.mesh)
 
     def recomputed_seconds(self) -> tuple[float, float]:

@@ -43,12 +43,15 @@ class Link:
         return self.their_part is not _all
 
 
-def gpt_links(config: ModelConfig, layers: Sequence[int], num_experts: int, ends: tuple[bool, bool]) -> list[Link]:
+def gpt_links(
+    config: ModelConfig, layers: Sequence[int], num_experts: int, ends: tuple[bool, bool], whole_layers: bool = False
+) -> list[Link]:
     """The links of all parameters of one rank's part of the model.
 
     layers: that the rank holds, in order, by their numbers in the model; Megatron counts them from 0 on each rank.
     num_experts: of those of a layer, held by this rank.
     ends: whether the rank holds the embedding, and the output layer.
+    whole_layers: whether MoE layers are ours in Megatron's model too (`megatron_ours.Mixture`).
 
     Raises ValueError where a layer has no feed-forward network, or norms that Megatron does not have.
     """
@@ -57,7 +60,14 @@ def gpt_links(config: ModelConfig, layers: Sequence[int], num_experts: int, ends
     has_first, has_last = ends
     links = [Link("embedding.weight", "embedding.word_embeddings.weight")] if has_first else []
     for place, layer in enumerate(layers):
-        links += _layer(config, layer, num_experts, f"blocks.{layer}", f"decoder.layers.{place}")
+        ours, theirs = f"blocks.{layer}", f"decoder.layers.{place}"
+        links += _layer(config, layer, ours, theirs)
+        if not config.is_moe(layer):
+            links += _swiglu(f"{ours}.ffn", f"{theirs}.mlp")
+        elif whole_layers:
+            links += _our_moe(config, f"{ours}.ffn", f"{theirs}.mlp.layer")
+        else:
+            links += _their_moe(config, num_experts, f"{ours}.ffn", f"{theirs}.mlp")
     if has_last:
         links.append(Link("norm.weight", "decoder.final_layernorm.weight"))
         if not config.tie_embeddings:
@@ -79,16 +89,24 @@ def to_ours(links: Sequence[Link], theirs: Mapping[str, Tensor], ours: Mapping[s
         link.part(ours[link.ours]).copy_(link.their_part(theirs[link.theirs]))
 
 
-def _layer(config: ModelConfig, layer: int, num_experts: int, ours: str, theirs: str) -> Iterator[Link]:
+def _layer(config: ModelConfig, layer: int, ours: str, theirs: str) -> Iterator[Link]:
+    """All but what follows the second norm."""
     if not config.has_ffn(layer):
         raise ValueError(f"per_layer: layer {layer} only attends; every layer of Megatron-Core has a feed-forward part")
     yield Link(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight")
     yield from _attention(config, f"{ours}.attention", f"{theirs}.self_attention")
     yield Link(f"{ours}.ffn_norm.weight", f"{theirs}.pre_mlp_layernorm.weight")
-    ours, theirs = f"{ours}.ffn", f"{theirs}.mlp"
-    if not config.is_moe(layer):
-        yield from _swiglu(ours, theirs)
-        return
+
+
+def _our_moe(config: ModelConfig, ours: str, theirs: str) -> Iterator[Link]:
+    names = ["router.weight", "experts.gate_up", "experts.down"]
+    if config.moe is not None and config.moe.shared_experts:
+        names += ["shared.gate.weight", "shared.up.weight", "shared.down.weight"]
+    for name in names:
+        yield Link(f"{ours}.{name}", f"{theirs}.{name}")
+
+
+def _their_moe(config: ModelConfig, num_experts: int, ours: str, theirs: str) -> Iterator[Link]:
     yield Link(f"{ours}.router.weight", f"{theirs}.router.weight")
     for expert in range(num_experts):
         own = partial(_nth, expert)
