@@ -56,13 +56,12 @@ _BALANCE = {"aux_loss": "block", "seq_aux_loss": "sequence", "global_aux_loss": 
 
 def router_config(config: Any, rectify: RectifyConfig, normalize: Normalize | None = None, **more: Any) -> RouterConfig:
     """Router options of a TransformerConfig as ours, and `more` of ours; auxiliary losses, bias and noise stay away."""
-    top_k, score = config.moe_router_topk, config.moe_router_score_function
+    top_k = config.moe_router_topk
     if normalize is None:
-        divides = top_k > 1 if score == "sigmoid" else not config.moe_router_pre_softmax
-        normalize = "survivors" if divides else "none"
+        normalize = "survivors" if _divides(config) else "none"
     return RouterConfig(
         top_k=top_k,
-        score=score,
+        score=config.moe_router_score_function,
         normalize=normalize,
         # The weight of a single choice is a constant 1 otherwise, and teaches the router nothing.
         detach=top_k == 1,
@@ -72,6 +71,13 @@ def router_config(config: Any, rectify: RectifyConfig, normalize: Normalize | No
         rectify=rectify,
         **more,
     )
+
+
+def _divides(config: Any) -> bool:
+    """Whether Megatron makes the weights of a token's choices sum to one."""
+    if config.moe_router_score_function == "sigmoid":
+        return config.moe_router_topk > 1
+    return not config.moe_router_pre_softmax
 
 
 class _Options:
@@ -189,4 +195,6 @@ def _router(options: _Options) -> RouterConfig:
     if options.problems:
         return RouterConfig()
     usual = {"moe_router_score_function": "softmax", "moe_token_drop_policy": "probs"}
-    return router_config(_Options({**usual, **options.args, "moe_router_topk": top_k}), RectifyConfig(), **more)
+    named = _Options({**usual, **options.args, "moe_router_topk": top_k})
+    # Megatron divides before it drops.
+    return router_config(named, RectifyConfig(), "top_k" if _divides(named) else "none", **more)
