@@ -169,7 +169,8 @@ def test_a_run_trains_is_evaluated_and_saved_where_compression_is_deleted() -> N
     program = """
 import sys
 sys.modules["wastenot.moe.compress"] = None  # importing it, or a part of it, now fails
-import wastenot.launch.trainer, wastenot.launch.engines.native, wastenot.launch.evaluate, wastenot.launch.saved_run, wastenot.moe.generate
+import wastenot.launch.trainer, wastenot.launch.engines.native, wastenot.launch.evaluate
+import wastenot.launch.saved_run, wastenot.moe.generate
 import wastenot.tools.convert, wastenot.tools.report.command
 try:
     import wastenot.launch.streamed
