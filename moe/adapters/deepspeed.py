@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -157,7 +157,7 @@ class RectifiedLayer(nn.Module):
         routing = self.mixer.rectify(self._place(logits_TE, chosen_TK))
         if self.on_routing is not None:
             self.on_routing(routing)
-        return self.mixer(x_TD, routing, self.experts).view_as(x).to(x.dtype)
+        return self.mixer(x_TD, routing, self.experts).view_as(x)
 
     def _place(self, logits_TE: Tensor, chosen_TK: Tensor) -> Routing:
         """Slots and weights of the chosen experts, with the next-best ones in line for what is left."""
@@ -218,7 +218,7 @@ class RectifiedGate(nn.Module):
         else:
             found = sharded_moe.topkgating(logits_TE, self.k, **room)
         loss, _, _, experts_KT, _, _, counts_E = found
-        return logits_TE, experts_KT.t().long().contiguous(), loss, counts_E
+        return logits_TE.float(), experts_KT.t().long().contiguous(), loss, counts_E
 
 
 class RectifiedExperts(nn.Module):
@@ -255,6 +255,8 @@ def _options(
     normalize: Normalize | None,
 ) -> _Options:
     """`rectify_`'s arguments for one layer. Raises ValueError where an option has no such value."""
+    if priority not in (None, *get_args(Priority)):
+        raise ValueError(f"priority: {priority!r} is not one of {', '.join(get_args(Priority))}")
     if priority is None:
         by_position = "random" if gate.k == 1 and gate.use_rts else "position"
         priority = "probability" if gate.k > 2 else by_position

@@ -47,7 +47,7 @@ def recompute_(model: nn.Module, *, parts: Sequence[Part] = get_args(Part), debu
         What knows how long was spent (`spent.take()`), and takes a schedule.
     Raises:
         ValueError: before anything is changed: a model without such layers, one whose parts are segments already or
-            that has gradient checkpointing on, or a part that is none.
+            have another forward, or that has gradient checkpointing on, or a part that is none.
     """
     for part in parts:
         if part not in PARTS:
@@ -59,8 +59,10 @@ def recompute_(model: nn.Module, *, parts: Sequence[Part] = get_args(Part), debu
     modules = [(f"{i}.{part}", getattr(layer, name)) for i, layer in enumerate(layers) for part, name in PARTS.items()]
     if any(isinstance(module, SegmentPart) for _, module in modules):
         raise ValueError("model: its parts are segments already; change the schedule that recompute_ gave you")
-    if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
-        raise ValueError("gradient_checkpointing: computes whole layers again; disable it, or do without recompute_")
+    replaced = next((name for name, module in modules if "forward" in vars(module)), None)
+    if replaced is not None:
+        raise ValueError(f"{replaced}: its forward was replaced already (hooks of accelerate?); call recompute_ before")
+    _refuse_checkpointing(model)
     dropped = frozenset(f"{i}.{part}" for i in range(len(layers)) for part in parts)
     recomputation = Recomputation(Schedule(dropped), debug=debug)
     for name, module in modules:
@@ -105,7 +107,13 @@ class _Begin:
         self.recomputation = recomputation
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        _refuse_checkpointing(module)
         self.recomputation.begin(module)
+
+
+def _refuse_checkpointing(model: nn.Module) -> None:
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError("gradient_checkpointing: computes whole layers again; disable it, or do without recompute_")
 
 
 @cache

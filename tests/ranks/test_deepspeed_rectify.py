@@ -206,6 +206,21 @@ def against_stock(options: dict[str, Any], rank: int, world: int) -> dict[str, f
     return errors
 
 
+def under_autocast(rank: int, world: int) -> float:
+    """How far outputs in bf16 are from the stock layer's in bf16, which divides by 0.0078 at least where it drops."""
+    from wastenot.moe.adapters.deepspeed import rectify_
+
+    outputs = []
+    for change in (False, True):
+        layer = their_layer(world, capacity_factor=8.0)
+        if change:
+            rectify_(layer, **PLAIN)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(layer(tokens(rank))[0])
+    assert outputs[1].dtype == outputs[0].dtype
+    return float((outputs[1] - outputs[0]).float().norm() / outputs[0].float().norm())
+
+
 def dropping_keeps_loss_and_counts(rank: int, world: int) -> list[bool]:
     """Whether loss and counts are the stock layer's, bit for bit, where choices are lost, for each k."""
     from wastenot.moe.adapters.deepspeed import rectify_
@@ -355,6 +370,7 @@ def refusals(rank: int, world: int) -> dict[str, str]:
     refused("drop_tokens", nn.ModuleList([their_layer(world), their_layer(world, drop_tokens=False)]))
     refused("enable_expert_tensor_parallelism", their_layer(world, enable_expert_tensor_parallelism=True))
     refused("fill_ranks", their_layer(world), fill_ranks=7)
+    refused("priority: 'chance'", their_layer(world), priority="chance")
     refused("capacity: 2.0 is outside", their_layer(world), capacity=2.0)
     refused("capacity_factor: 0.0", their_layer(world, capacity_factor=0.0), intra=False)
     tutel = their_layer(world)
@@ -386,6 +402,7 @@ def everything(rank: int, world: int, folder: str) -> dict[str, Any]:
             (case, training): compare(case, rank, world, training) for case in CASES for training in (True, False)
         },
         "stock": {name: against_stock(options, rank, world) for name, options in STOCK.items()},
+        "autocast": under_autocast(rank, world),
         "losses": dropping_keeps_loss_and_counts(rank, world),
         "random": random_selection(rank, world),
         "dense": dense(rank, world),
@@ -426,6 +443,10 @@ def test_without_fill_and_intra_it_is_deepspeeds_own(results, case):
         assert all(error <= 1e-5 for error in errors.values()), errors
 
 
+def test_under_autocast_it_computes_as_deepspeeds_own(results):
+    assert all(result["autocast"] <= 0.01 for result in results), [result["autocast"] for result in results]
+
+
 def test_balancing_loss_and_counts_see_all_choices(results):
     assert all(result["losses"] == [True] * 3 for result in results)
 
@@ -460,7 +481,7 @@ def test_it_trains_under_a_deepspeed_engine_and_a_stock_one_loads_what_it_saved(
 
 def test_what_cannot_be_is_refused_by_its_name(results):
     said = results[0]["refused"]
-    assert len(said) == 10
+    assert len(said) == 11
     for name, message in said.items():
         assert name in message and "\n" not in message, message
 

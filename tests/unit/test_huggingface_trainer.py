@@ -120,6 +120,7 @@ def test_recomputation_changes_no_bit_of_the_weights(plain, tmp_path):
     trainer, losses, _ = plain
     again, losses_again = trained(mixtral(), tmp_path, recompute=True)
     assert losses_again == losses
+    assert sum(again.model.model.layers[0].mlp.recomputation.spent.take()) > 0
     assert equal(again.model.state_dict(), trainer.model.state_dict())
 
 
@@ -229,8 +230,14 @@ def test_what_cannot_be_is_refused_in_one_line():
     assert "gradient_checkpointing: " in said(recompute_, model)
     model.gradient_checkpointing_disable()
     recompute_(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert "gradient_checkpointing: " in said(model, input_ids=torch.tensor([[1, 2]]))
+    model.gradient_checkpointing_disable()
     assert "segments already" in said(recompute_, model)
     assert "call rectify_ before recompute_" in said(rectify_, model)
+    hooked = mixtral()
+    hooked.model.layers[1].self_attn.forward = hooked.model.layers[1].self_attn.forward
+    assert "1.attention: its forward was replaced" in said(recompute_, hooked)
     rectified = rectify_(mixtral())
     recompute_(rectified)
     assert "undo that first" in said(unrectify_, rectified)
