@@ -113,7 +113,10 @@ def _patch_torch() -> None:
     # Megatron's optimizers accept parameters by the name of their CUDA type.
     plain_type = tensor.type
     tensor.type = lambda self, *args, **kwargs: (
-        plain_type(self, *args, **kwargs) if args or kwargs else plain_type(self).replace("torch.", "torch.cuda.")
+        # Within `devices_on_cpu` torch asks the type twice, the second time here.
+        plain_type(self, *args, **kwargs)
+        if args or kwargs
+        else plain_type(self).replace("torch.cuda.", "torch.").replace("torch.", "torch.cuda.")
     )
     plain_barrier: Any = dist.barrier
     distributed: Any = dist

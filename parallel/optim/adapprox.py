@@ -60,7 +60,7 @@ class Adapprox(torch.optim.Optimizer):
     has parameters that are not this optimizer's, or in another order.
 
     Engines that put flat partitions in the place of parameters (DeepSpeed's ZeRO, Megatron's distributed optimizer)
-    need `follow_zero` or `follow_megatron`, of the modules beside this one: a vector has no factors.
+    need `zero.follow_zero` or `megatron_shards.put_adapprox`, beside this module: a vector has no factors.
     """
 
     def __init__(

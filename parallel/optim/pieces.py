@@ -24,6 +24,9 @@ __all__ = ["AdapproxOfPieces", "Block", "Parameter", "Piece"]
 _LIMIT = 2**26
 """Weights that one rank puts together at once; one parameter at least."""
 
+Loads = dict[tuple[int, ...], list[int]]
+"""Numbers that each rank of a group owns, by the ranks that it has."""
+
 _NOT_OPTIONS = ("params", "param_names", "places")
 
 
@@ -86,7 +89,13 @@ class AdapproxOfPieces(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, adapprox: Adapprox, blocks: Sequence[Block], agree: dist.ProcessGroup | None = None, limit: int = _LIMIT
+        self,
+        adapprox: Adapprox,
+        blocks: Sequence[Block],
+        agree: dist.ProcessGroup | None = None,
+        *,
+        loads: Loads | None = None,
+        limit: int = _LIMIT,
     ) -> None:
         """Collective over the ranks of all blocks.
 
@@ -94,14 +103,15 @@ class AdapproxOfPieces(torch.optim.Optimizer):
             adapprox: the optimizer of the whole parameters, unused so far: its options count.
             blocks: all that is ever stepped, in the same order on all ranks.
             agree: ranks that step at once and leave a step out together; all of them by default.
+            loads: numbers that ranks own elsewhere, so that they get less; what they own here is added.
             limit: weights that one rank puts together at once; one parameter at least.
 
         Raises ValueError for pieces that leave out or repeat a part of a parameter.
         """
-        super().__init__(adapprox.param_groups, adapprox.defaults)
+        super().__init__([{"params": []}], adapprox.defaults)
         self.param_groups = adapprox.param_groups
         self.nonfinite, self.agree, self.skipped_steps = adapprox.nonfinite, agree, 0
-        loads: dict[tuple[int, ...], list[int]] = {}
+        loads = {} if loads is None else loads
         self.blocks = [_OwnedBlock(block, adapprox, loads, limit) for block in blocks]
         for block in self.blocks:
             block.adapprox.state = self.state
@@ -211,7 +221,7 @@ class _Exchange:
 class _OwnedBlock:
     """A block, and the Adapprox of those of its parameters that this rank owns."""
 
-    def __init__(self, block: Block, adapprox: Adapprox, loads: dict[tuple[int, ...], list[int]], limit: int) -> None:
+    def __init__(self, block: Block, adapprox: Adapprox, loads: Loads, limit: int) -> None:
         self.block = block
         ranks, own_rank = block.ranks, dist.get_rank(block.ranks)
         cuts = _gathered([(piece.parameter, piece.start, piece.stop) for piece in block.pieces], ranks)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -217,3 +219,95 @@ def test_experts_of_deepspeed_are_stepped_by_owners_within_their_own_group():
     for stage in 1, 2:
         dense = sorted(each for rank in ranks for each in rank[stage][1] if each[0] not in experts)
         assert dense == [each for each in all_ranks if each[0] not in experts]
+
+
+MEGATRON: dict[str, tuple[bool, bool]] = {
+    "whole": (False, False),
+    "distributed": (True, False),
+    "in bf16": (True, True),
+}
+"""Whether its distributed optimizer is used, and bf16."""
+
+
+def under_megatron(rank: int, world: int) -> Any:
+    warnings.simplefilter("ignore")
+    sys.path.append(str(Path(__file__).parents[1]))  # where the shim lies, beside the folders of tests
+    import megatron_cpu_shim
+
+    megatron_cpu_shim.install()
+    with megatron_cpu_shim.devices_on_cpu():
+        return {name: in_megatron(rank, world, *how) for name, how in MEGATRON.items()}
+
+
+def in_megatron(rank: int, world: int, distributed: bool, in_bf16: bool) -> Any:
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from wastenot.parallel.optim.megatron_shards import put_adapprox
+
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel()
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, bf16=in_bf16)
+    dtype = torch.bfloat16 if in_bf16 else torch.float32
+
+    def start() -> Any:
+        model = Mixture().to(dtype)
+        model.experts.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+        how = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
+        wrapped = DistributedDataParallel(config, how, model)
+        settings = OptimizerConfig(
+            optimizer="adam",
+            lr=OPTIONS["lr"],
+            weight_decay=OPTIONS["weight_decay"],
+            adam_beta1=OPTIONS["betas"][0],
+            adam_beta2=OPTIONS["betas"][1],
+            clip_grad=0.0,
+            bf16=in_bf16,
+            params_dtype=dtype,
+            use_distributed_optimizer=distributed,
+        )
+        optimizer = get_megatron_optimizer(settings, [wrapped], config_overrides={})
+        own = {key: value for key, value in OPTIONS.items() if key not in {"lr", "betas", "weight_decay"}}
+        return wrapped, optimizer, put_adapprox(optimizer, [wrapped], **own)
+
+    def go_on(wrapped: Any, optimizer: Any, steps: range) -> list[float]:
+        losses: list[float] = []
+        for step in steps:
+            wrapped.zero_grad_buffer()
+            optimizer.zero_grad()
+            x, y = batch(rank, step)
+            loss = (wrapped(x.to(dtype)) - y).square().mean()
+            loss.backward()
+            wrapped.finish_grad_sync()
+            optimizer.step()
+            total = loss.detach().float() / world
+            dist.all_reduce(total)
+            losses.append(total.item())
+        return losses
+
+    wrapped, optimizer, parts = start()
+    losses = go_on(wrapped, optimizer, range(8))
+    weights, state = copy.deepcopy(wrapped.state_dict()), copy.deepcopy(optimizer.state_dict())
+    losses += go_on(wrapped, optimizer, range(8, STEPS))
+    again, restored, _ = start()
+    again.load_state_dict(weights)
+    restored.load_state_dict(state)
+    assert go_on(again, restored, range(8, STEPS)) == losses[8:], (distributed, in_bf16)
+    report = [each for part in parts for each in part.report()]
+    return losses, {each.name: each.ranks for each in report}, sum(each.allocated_bytes for each in report)
+
+
+def test_under_megatron_losses_and_ranks_are_those_of_whole_parameters():
+    expected, ranks, num_bytes = whole(2)
+    first, second = run_ranks(2, under_megatron)
+    for name, (distributed, in_bf16) in MEGATRON.items():
+        (losses, *own), (_, *other) = first[name], second[name]
+        assert losses == (pytest.approx(expected, rel=0.02) if in_bf16 else expected), name
+        assert own[0] | other[0] == ranks or in_bf16, name
+        if distributed:
+            assert own[0].keys().isdisjoint(other[0]), name
+            assert own[0].keys() | other[0].keys() == ranks.keys(), name
+            # The stack, three fifths of the model, is one rank's.
+            assert num_bytes / 6 < own[1] < num_bytes * 5 / 6, name
