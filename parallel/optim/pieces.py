@@ -21,7 +21,7 @@ from .report import ParameterReport
 
 __all__ = ["AdapproxOfPieces", "Block", "Parameter", "Piece"]
 
-_LIMIT = 2**26
+_LIMIT = 2**25
 """Weights that one rank puts together at once; one parameter at least."""
 
 Loads = dict[tuple[int, ...], list[int]]

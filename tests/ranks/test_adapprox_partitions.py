@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import random
 import sys
 import warnings
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +18,9 @@ import torch.distributed as dist
 from spawned import run_ranks
 from torch import Tensor, nn
 
+from wastenot.launch.optimizer_state import in_all, measure
 from wastenot.parallel.optim import Adapprox
+from wastenot.parallel.optim.pieces import AdapproxOfPieces, Block, Parameter, Piece
 
 OPTIONS = {
     "lr": 0.02,
@@ -71,6 +76,119 @@ def whole(world: int) -> tuple[list[float], dict[str, tuple[int, ...]], int]:
         optimizer.zero_grad()
     report = optimizer.report()
     return losses, {each.name: each.ranks for each in report}, sum(each.allocated_bytes for each in report)
+
+
+SHAPES = [(30, 17), (3, 16, 20), (7,), (1,), (20, 24), (24, 20), (9, 2, 7, 3), (12, 40)]
+"""No two alike: small matrices of one shape are stepped together, and rounded otherwise than one alone."""
+
+
+class Cut:
+    """Parameters one after the other, cut at random places: rank r holds what lies between the r-th and the next."""
+
+    def __init__(self, rank: int, world: int, seed: int, nonfinite: Literal["raise", "skip"] = "raise") -> None:
+        draw = random.Random(seed)
+        shapes = draw.sample(SHAPES, draw.randint(3, len(SHAPES)))
+        torch.manual_seed(seed)
+        self.whole = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+        named = [(f"p{i}", p) for i, p in enumerate(self.whole)]
+        self.plain = Adapprox(named, **OPTIONS)
+        starts = [0, *accumulate(p.numel() for p in self.whole)]
+        cuts = [0, *sorted(draw.randrange(starts[-1] + 1) for _ in range(world - 1)), starts[-1]]
+        if draw.random() < 0.5:
+            # One holds nothing.
+            cuts[1] = cuts[2]
+        first, last = cuts[rank], cuts[rank + 1]
+        self.flat = nn.Parameter(torch.full((last - first + 3,), 7.0))
+        self.pieces: list[Piece] = []
+        for i, (p, start) in enumerate(zip(self.whole, starts, strict=False)):
+            low, high = max(first - start, 0), min(last - start, p.numel())
+            if low < high:
+                self.pieces.append(Piece(i, low, high, self.flat, start + low - first + 2))
+                self.pieces[-1].weight.copy_(p.detach().view(-1)[low:high])
+        given = Adapprox(named, **OPTIONS, nonfinite=nonfinite)
+        self.parameters = [Parameter(name, tuple(p.shape), i) for i, (name, p) in enumerate(named)]
+        given.param_groups[0]["params"] = [self.flat]
+        self.given, self.limit = given, draw.choice([1, 500, 2**20])
+        self.made = AdapproxOfPieces(given, [self.block(self.pieces)], limit=self.limit)
+
+    def block(self, pieces: list[Piece]) -> Block:
+        options = self.given.param_groups[0]
+        return Block(options, self.parameters, pieces, dist.group.WORLD, torch.device("cpu"), self.flat)
+
+    def step(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.flat.grad = torch.full_like(self.flat, 5.0)
+        for p in self.whole:
+            p.grad = torch.randn(p.shape).mul_(torch.rand(()))
+        for piece in self.pieces:
+            grad = self.whole[piece.parameter].grad
+            assert grad is not None
+            piece.gradient.copy_(grad.view(-1)[piece.start : piece.stop])
+        for group in (self.plain.param_groups[0], self.made.param_groups[0]):
+            group["lr"] = 0.02 / (1 + seed)
+        self.plain.step()
+        self.made.step()
+
+    def is_equal(self) -> bool:
+        return all(
+            torch.equal(piece.weight, self.whole[piece.parameter].detach().view(-1)[piece.start : piece.stop])
+            for piece in self.pieces
+        )
+
+
+def in_random_pieces(rank: int, world: int) -> Any:
+    warnings.filterwarnings("ignore", message=".*factors of the largest rank")
+    found: list[Any] = []
+    for seed in range(6):
+        cut = Cut(rank, world, seed)
+        for step in range(5):
+            cut.step(step)
+        assert cut.is_equal(), seed
+        state = copy.deepcopy(cut.made.state_dict())
+        again = AdapproxOfPieces(cut.given, [cut.block(cut.pieces)], limit=cut.limit)
+        again.load_state_dict(state)
+        cut.made = again
+        for step in range(5, 8):
+            cut.step(step)
+        assert cut.is_equal(), seed
+        # What lies beside the pieces is not touched.
+        held = sum(piece.stop - piece.start for piece in cut.pieces)
+        assert (cut.flat == 7).sum() >= cut.flat.numel() - held
+        states: list[Any] = [None] * world
+        dist.all_gather_object(states, (measure(cut.made), again.state_dict()["owned"]))
+        assert in_all([each for each, _ in states]) == measure(cut.plain), seed
+        assert sorted(place for _, owned in states for place in owned) == [*range(len(cut.whole))]
+        if again.state_dict()["owned"]:
+            with pytest.raises(
+                ValueError, match="other parameters of the model than this rank owns; go on with as many"
+            ):
+                again.load_state_dict(state | {"owned": [], "state": {}})
+        found.append((cut.limit, len(cut.pieces)))
+    with pytest.raises(ValueError, match=r"the pieces of p0 are \[.*\], which is not once all of its"):
+        cut = Cut(rank, world, 0)
+        AdapproxOfPieces(cut.given, [cut.block([piece for piece in cut.pieces if piece.parameter != 0])])
+    for nonfinite in ("raise", "skip"):
+        cut = Cut(rank, world, 1, nonfinite)
+        cut.step(0)
+        before = cut.flat.detach().clone()
+        if rank == 0:
+            cut.pieces[0].gradient[0] = math.nan
+        if nonfinite == "raise":
+            name = "p0" if rank == 0 else "a parameter on another rank"
+            with pytest.raises(FloatingPointError, match=f"NaN or infinite gradient of {name}; lower"):
+                cut.made.step()
+        else:
+            cut.made.step()
+            assert cut.made.skipped_steps == 1
+        assert torch.equal(cut.flat, before)
+    return found
+
+
+def test_however_parameters_are_cut_their_steps_are_those_of_whole_ones():
+    first, *others = run_ranks(3, in_random_pieces)
+    # The draws have ranks with nothing and parameters one at a time.
+    assert 1 in {limit for limit, _ in first}
+    assert 0 in {count for rank in others for _, count in rank}
 
 
 STAGES: dict[int, dict[str, Any]] = {
