@@ -110,7 +110,7 @@ class AdapproxOfPieces(torch.optim.Optimizer):
         """
         super().__init__([{"params": []}], adapprox.defaults)
         self.param_groups = adapprox.param_groups
-        self.nonfinite, self.agree, self.skipped_steps = adapprox.nonfinite, agree, 0
+        self.given, self.agree, self.skipped_steps = adapprox, agree, 0
         loads = {} if loads is None else loads
         self.blocks = [_OwnedBlock(block, adapprox, loads, limit) for block in blocks]
         for block in self.blocks:
@@ -137,6 +137,8 @@ class AdapproxOfPieces(torch.optim.Optimizer):
         for block in blocks:
             with torch.autocast(block.block.device.type, enabled=False):
                 block.step()
+        # Where schedules made of the given optimizer look, before they warn that nothing was stepped.
+        self.given.__dict__["_opt_called"] = True
         return loss
 
     def report(self) -> list[ParameterReport]:
@@ -196,7 +198,7 @@ class AdapproxOfPieces(torch.optim.Optimizer):
         dist.all_reduce(wrong, op=dist.ReduceOp.MAX, group=self.agree)
         if not wrong.item():
             return True
-        if self.nonfinite == "skip":
+        if self.given.nonfinite == "skip":
             return False
         names = [name for (name, _), value in zip(present, bad[1:].tolist(), strict=True) if value]
         raise FloatingPointError(
