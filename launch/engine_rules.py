@@ -57,7 +57,7 @@ def megatron_has_words(config: TrainConfig) -> list[Violation]:
             why = "its dispatcher sends the rows that there are; use ragged, megatron.layer: wastenot"
             cannot.append(("model.moe.dispatch", "padded", why))
         if config.router.kind != "learned":
-            cannot.append(("router.kind", config.router.kind, "is for benchmarks of our own layer; use learned"))
+            cannot.append(("router.kind", config.router.kind, "it is for benchmarks of our own layers; use learned"))
     if parallel.pipeline > 1 and parallel.schedule != "1f1b":
         cannot.append(("parallel.schedule", parallel.schedule, "stages run one forward, one backward there; use 1f1b"))
     return [

@@ -44,7 +44,14 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "EP 1, dropless": {
             "parallel": {"data": 2},
             "router": DROPLESS | {"balance_over": "global", "z_loss": 0.01, "bias_update": 0.01},
-            "train": {"accumulate": 2},
+            "train": {"accumulate": 2, "steps": 12},
+        },
+        "EP 2, our layer": {
+            "parallel": {"expert": 2},
+            "megatron": {"layer": "wastenot"},
+            "model": {"moe": {"dispatch": "padded", "shared_experts": 1}},
+            "router": {"rectify": {"capacity": 0.5}},
+            "train": {"steps": 12},
         },
         "PP 2": {
             "parallel": {"pipeline": 2},
@@ -173,6 +180,14 @@ def test_it_is_the_native_run(results, case):
 def test_rectified_slots_are_in_the_ledger(results):
     line = results["EP 2, rectified", "megatron"]["lines"][1]
     assert min(sum(line["slots"][kind]) for kind in ("kept", "filled", "rectified")) > 0
+
+
+def test_only_our_layer_tells_the_ledger_of_its_exchange(results):
+    """Megatron's dispatcher is not watched: the account of a run says nothing of what it does not know."""
+    ours, theirs = (results[case, "megatron"]["lines"][1] for case in ("EP 2, our layer", "EP 2, rectified"))
+    native = results["EP 2, our layer", "native"]["lines"][1]
+    assert ours["sent_bytes_by_layer"] == native["sent_bytes_by_layer"]
+    assert sum(theirs["sent_bytes_by_layer"]) == 0 < sum(ours["sent_bytes_by_layer"])
 
 
 def test_bf16_goes_the_same_way(results):
