@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
+    from .alike import Makeup
+
 Launcher = Literal["none", "torchrun", "openmpi", "mpich", "srun"]
 
 LISTENER = "WASTENOT_LISTENER"
@@ -228,14 +230,16 @@ def pick_device(rank: Rank) -> torch.device:
     return torch.device("cuda", rank.local_rank)
 
 
-def start(rank: Rank, parallel: ParallelConfig, device: torch.device) -> dist.Store | None:
+def start(
+    rank: Rank, parallel: ParallelConfig, device: torch.device, makeup: Makeup | None = None
+) -> dist.Store | None:
     """Brings the ranks together: threads, network interface, store, default process group.
 
     Returns the store of all ranks (`store.clone()` is a further connection to it), or None for a world of one
     rank, which needs no process group. Collectives give up some time after `parallel.timeout_seconds`, so that
-    the watchdog speaks first.
+    the watchdog speaks first. `makeup` is what all ranks must have alike; None is the installed versions alone.
 
-    Raises UserError where the ranks do not find each other or share what they must not.
+    Raises UserError where the ranks do not find each other, share what they must not, or are unlike.
     """
     import torch
 
@@ -248,7 +252,7 @@ def start(rank: Rank, parallel: ParallelConfig, device: torch.device) -> dist.St
         rendezvous.set_threads(rank, None)
         return None
     rank = rendezvous.locate(rank)
-    store = rendezvous.meet(rank, timedelta(seconds=parallel.timeout_seconds))
+    store = rendezvous.meet(rank, timedelta(seconds=parallel.timeout_seconds), makeup)
     rendezvous.join(rank, store, backend, device, parallel.timeout_seconds)
     return store
 

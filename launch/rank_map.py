@@ -11,7 +11,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from . import rendezvous
+from .alike import Makeup, unlike, versions
 from .env import Rank
 from .errors import UserError
 from .network import host_identity, interface_of, interfaces, is_loopback, source_address
@@ -53,6 +54,8 @@ class RankReport:
     """GLOO_SOCKET_IFNAME, where set."""
     interfaces: tuple[str, ...] = ()
     """Names of its host's interfaces."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of Python, torch and wastenot."""
 
 
 def report(rank: Rank, device: torch.device) -> RankReport:
@@ -75,6 +78,7 @@ def report(rank: Rank, device: torch.device) -> RankReport:
         interface=interface_of(source) or "",
         chosen_interface=rank.gloo_interface or "",
         interfaces=tuple(interface.name for interface in interfaces()),
+        versions=versions(),
     )
 
 
@@ -146,7 +150,7 @@ def _parsed(text: bytes) -> RankReport:
 
 def problems(reports: Sequence[RankReport]) -> list[str]:
     """What is wrong with these processes as one job, each with what to change; empty where nothing is."""
-    checks = (_worlds, _absent, _twice, _local_ranks, _devices, _addresses, _interfaces)
+    checks = (_worlds, _absent, _twice, _local_ranks, _devices, _addresses, _interfaces, _versions)
     return [problem for check in checks for problem in check(reports)]
 
 
@@ -235,6 +239,10 @@ def _interfaces(reports: Sequence[RankReport]) -> list[str]:
                 "that, or unset it"
             )
     return found
+
+
+def _versions(reports: Sequence[RankReport]) -> list[str]:
+    return unlike(Makeup(rank=r.rank, host=r.host, versions=r.versions) for r in reports)
 
 
 def _grouped(reports: Iterable[RankReport], key: Callable[[RankReport], Any]) -> dict[Any, list[RankReport]]:

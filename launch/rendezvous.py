@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import cores, mpi
+from . import alike, cores, mpi
 from .env import Rank
 from .errors import UserError
 from .network import host_identity, interface_of, is_loopback, source_address
@@ -77,10 +77,16 @@ def connect(rank: Rank, timeout: timedelta) -> dist.Store:
     return dist.PrefixStore(f"wastenot/{rank.attempt}", store)
 
 
-def meet(rank: Rank, timeout: timedelta) -> dist.Store:
-    """The same, once every rank is there. Raises UserError where some do not come within `timeout`."""
+def meet(rank: Rank, timeout: timedelta, makeup: alike.Makeup | None = None) -> dist.Store:
+    """The same, once every rank is there. Raises UserError where some do not come within `timeout`, or are unlike.
+
+    `makeup` is what this rank is made of; None is the installed versions alone.
+    """
+    makeup = makeup or alike.Makeup(rank=rank.rank, versions=alike.versions())
     store = connect(rank, timeout)
+    alike.tell(store, makeup)
     _gather(rank, store, "start")
+    alike.compare(store, makeup, rank.world)
     return store
 
 

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from .alike import Makeup, versions
 from .config import TrainConfig
 from .env import Rank, detect, pick_device, start, stop
 from .errors import UserError, all_together
 from .exits import OK, OUR_FAULT, guarded
 from .layout_rules import world_rules
 from .run_folder import RunFolder
-from .settings import load_config
+from .settings import as_mapping, load_config
 
 HELP = "train a model as a configuration says, on local ranks or under torchrun, mpirun or srun"
 EXAMPLE = "wastenot train configs/quickstart.yaml -s train.steps=100 -s log.dir=runs/short"
@@ -81,7 +82,8 @@ def _run_rank(config: TrainConfig, rank: Rank, as_json: bool) -> int:
     data = prepare(config.data, progress=rank.local_rank == 0)
     keep_freed_memory()
     device = pick_device(rank)
-    store = start(rank, config.parallel, device)
+    makeup = Makeup(rank=rank.rank, versions=versions(config.engine), config=as_mapping(config))
+    store = start(rank, config.parallel, device, makeup)
     ledger = Ledger()
     watchdog = Watchdog(rank, store, config.parallel.timeout_seconds)
     try:

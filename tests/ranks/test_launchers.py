@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -75,3 +76,24 @@ def test_mpirun(config, local, tmp_path):
         *(sys.executable, "-m", "wastenot.launch.train", config, "-s", f"log.dir={tmp_path}"),
     )
     assert losses(tmp_path) == local
+
+
+def test_ranks_of_another_version_are_refused_before_they_train(config, tmp_path):
+    other = tmp_path / "wastenot-9.9.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: wastenot\nVersion: 9.9\n")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "wastenot.launch.train", config, "-s", f"log.dir={tmp_path / 'log'}"]
+    processes = []
+    for rank, path in enumerate([os.environ.get("PYTHONPATH", ""), f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"]):
+        environ = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path}
+        processes.append(subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 2, said
+        (line,) = said.splitlines()
+        assert line.startswith("error: versions differ: wastenot is ")
+        assert "9.9 on rank 1" in line and line.endswith("; install the same on every host")
+    assert not (tmp_path / "log").exists()

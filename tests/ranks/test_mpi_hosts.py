@@ -53,6 +53,7 @@ def test_three_hosts_train_with_torchruns_losses(hosts, made, mpi, tmp_path, mon
         "OMPI_MCA_btl_tcp_if_include": network,
         "HYDRA_LAUNCHER_EXEC": agent,
         "I_MPI_HYDRA_BOOTSTRAP_EXEC": agent,
+        "I_MPI_OFI_PROVIDER": "tcp",
         "OMP_NUM_THREADS": "1",
     }
     for name, value in settings.items():

@@ -116,6 +116,7 @@ def reports(world: int = 4, hosts: int = 2, gpus: bool = False) -> list[RankRepo
             source=f"10.0.0.{rank // here}",
             interface="eth0",
             interfaces=("lo", "eth0", "ib0"),
+            versions={"torch": "2.13.0"},
         )
         for rank in range(world)
     ]
@@ -140,6 +141,7 @@ def test_ranks_that_fit_together_have_no_problems(hosts, gpus):
             {"chosen_interface": "eth9"},
             "rank 2: GLOO_SOCKET_IFNAME eth9 does not exist on node1; use one of lo, eth0",
         ),
+        (3, {"versions": {"torch": "2.11.0"}}, "torch is 2.13.0 on rank 0 (node0), 2.11.0 on rank 3 (node1); install"),
         (2, {"chosen_interface": "ib0"}, "rank 2: GLOO_SOCKET_IFNAME is ib0, but the way to node0 is eth0; use that"),
     ],
 )
