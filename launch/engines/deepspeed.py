@@ -170,7 +170,10 @@ def _prepare(mesh: Mesh) -> bool:
     Returns whether that group was made here.
     """
     os.environ.setdefault("DS_ACCELERATOR", mesh.device.type)
-    os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
+    if mesh.device.index is not None:
+        # It takes the device of this number, and a rank may see its own alone.
+        os.environ["LOCAL_RANK"] = str(mesh.device.index)
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))
     # torch's own new names, which DeepSpeed does not use yet.
     warnings.filterwarnings(
         "ignore", r".*(reduce_scatter_tensor|all_gather_into_tensor).* is deprecated", FutureWarning

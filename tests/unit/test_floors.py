@@ -23,6 +23,7 @@ TORCH_FREE = [
     "moe.config",
     "moe.config_size",
     "launch.config",
+    "launch.engines.deepspeed_json",
     "launch.errors",
     "launch.exits",
     "launch.overrides",
