@@ -52,25 +52,40 @@ class DeepSpeedEngine:
         experts = expert_parameter_names(self.decoder)
         self._sizes = [(name in experts, p.numel()) for name, p in self.decoder.named_parameters()]
         self.optimizer = make_optimizer(self.decoder, config.optimizer)
-        samples = Samples(ground.train, config.data.seq_len, config.train.seed)
-        self.stepper = DeepSpeedStepper(config, mesh, self.decoder, self.optimizer, None, samples)  # type: ignore[arg-type]
-        module = ours.Learning(self.decoder, self.stepper.forward)
-        if mesh.expert.size > 1 and config.deepspeed.zero:
+        zero, said = config.deepspeed.zero, merged(config, mesh.world.size)
+        module = ours.Learning(self.decoder, lambda tokens_BS: self.stepper.forward(tokens_BS))
+        if zero and mesh.expert.size > 1:
             ours.split_groups(self.optimizer, ours.group_name(mesh))
-        said = merged(config, mesh.world.size)
-        self.engine = _initialize(module, self.optimizer, said)
-        if config.deepspeed.zero and config.optimizer.name == "adapprox":
+        self.engine = self._initialize(module, said)
+        if zero and config.optimizer.name == "adapprox":
             # Imported here: the others step parts of weights as they are.
             from ...parallel.optim.zero import follow_zero
 
-            self.optimizer = self.stepper.optimizer = follow_zero(self.engine)
-        self.stepper.engine = self.engine
-        self.stepper.gradients = (SharedGradients if config.deepspeed.zero else WholeGradients)(self.engine, mesh)
-        if config.deepspeed.zero == 3:
+            self.optimizer = follow_zero(self.engine)
+        if zero == 3:
             ours.gather_output_layer(self.decoder)
+        gradients = SharedGradients(self.engine, mesh) if zero else WholeGradients(self.engine, mesh)
+        samples = Samples(ground.train, config.data.seq_len, config.train.seed)
+        self.stepper = DeepSpeedStepper(config, mesh, self.decoder, self.optimizer, gradients, samples, self.engine)
         if mesh.world.rank == 0:
             ground.folder.path.mkdir(parents=True, exist_ok=True)
             write_atomically(ground.folder.path / "deepspeed.json", json.dumps(said, indent=2) + "\n")
+
+    def _initialize(self, module: torch.nn.Module, said: dict[str, Any]) -> Any:
+        import deepspeed
+        from deepspeed.utils import logger
+
+        logger.addFilter(lambda record: not any(known in record.getMessage() for known in _EXPECTED))
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=module, optimizer=self.optimizer, config=said, dist_init_required=False
+            )
+        except (AssertionError, ValueError) as error:
+            if self.ground.config.deepspeed.json is None:
+                raise
+            path = self.ground.config.deepspeed.json
+            raise UserError(f"deepspeed.json: DeepSpeed does not take what {path} adds: {error}") from error
+        return engine
 
     def restore(self) -> Restored | None:
         config, mesh = self.ground.config, self.ground.mesh
@@ -80,13 +95,9 @@ class DeepSpeedEngine:
         def choose() -> Path | None:
             own.mkdir(parents=True, exist_ok=True)
             checkpoints.clean(own)
-            if config.checkpoint.resume == "never":
-                return None
-            return (
-                checkpoints.newest(own)
-                if config.checkpoint.resume == "auto"
-                else checkpoints.find(Path(config.checkpoint.resume))
-            )
+            if config.checkpoint.resume == "auto":
+                return checkpoints.newest(own)
+            return None if config.checkpoint.resume == "never" else checkpoints.find(Path(config.checkpoint.resume))
 
         try:
             path = checkpoints.on_root(mesh, choose)
@@ -106,7 +117,9 @@ class DeepSpeedEngine:
             {key: value for key, value in group.items() if key not in ("params", "param_names")}
             for group in optimizer.param_groups
         ]
-        self.engine.load_checkpoint(str(path.parent), tag=path.name)
+        loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
+        if loaded is None:
+            raise UserError(f"{path} is not whole; name another checkpoint of the run in checkpoint.resume")
         # Decay and the like stay those of the configuration.
         for group, own in zip(optimizer.param_groups, said, strict=True):
             group.update(own)
@@ -152,7 +165,7 @@ class DeepSpeedEngine:
 class DeepSpeedStepper(Stepper):
     """A `Stepper` whose passes and steps go through DeepSpeed."""
 
-    engine: Any = None
+    engine: Any
 
     def _learn(self, tokens_BS: Tensor) -> MicroBatch:
         objective, micro = self.engine(tokens_BS)
@@ -189,12 +202,3 @@ def _prepare(mesh: Mesh) -> bool:
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return True
-
-
-def _initialize(module: torch.nn.Module, optimizer: torch.optim.Optimizer, said: dict[str, Any]) -> Any:
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.addFilter(lambda record: not any(known in record.getMessage() for known in _EXPECTED))
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=said, dist_init_required=False)
-    return engine

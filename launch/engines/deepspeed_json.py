@@ -38,6 +38,7 @@ _OTHERS = {
     "data_types": "gradients are summed in fp32",
     "tensor_parallel": "no weight is cut",
     "sequence_parallel_size": "no sequence is cut",
+    "use_data_before_expert_parallelism": "experts are over neighbouring ranks",
     "load_universal_checkpoint": "a run goes on from its own checkpoints",
     "zero_optimization.offload_optimizer": "gradients are clipped where they are",
     "zero_optimization.offload_param": "gradients are clipped where they are",

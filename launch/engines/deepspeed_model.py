@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ...moe.decoder import Block, Decoder
 from ...moe.experts import GroupedExperts
-from ...parallel.expert import expert_parameter_names
 from ...parallel.mesh import Mesh
 
 _EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
@@ -34,12 +33,9 @@ class Learning(nn.Module):
         self.expert_layers = nn.ModuleList()
         mesh = decoder.mesh
         if mesh.expert.size > 1:
-            layers = [module for module in decoder.modules() if isinstance(module, GroupedExperts)]
-            self.expert_layers.extend(ExpertLayer(experts, mesh) for experts in layers)
-            for name, parameter in decoder.named_parameters():
-                if name in expert_parameter_names(decoder):
-                    # So that DeepSpeed sums its gradients over the ranks of that group alone.
-                    parameter.allreduce, parameter.group_name = False, group_name(mesh)  # type: ignore[attr-defined]
+            for name, module in decoder.named_modules():
+                if isinstance(module, GroupedExperts):
+                    self.expert_layers.append(ExpertLayer(f"decoder.{name}", module, mesh))
         # Gathered together, as FSDP2 does it: how often experts are called differs from rank to rank.
         set_z3_leaf_modules(self, [Block])
 
@@ -50,56 +46,56 @@ class Learning(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As torch's; experts that ranks share are there one by one, as those of `expert_layers`."""
         tensors = super().state_dict(*args, **kwargs)
-        for name, layer in self._expert_layers():
-            for key, _ in layer.stacks():
-                del tensors[key]
-            tensors.update({f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()})
+        for prefix, layer in self._expert_layers():
+            for name in layer.stacks:
+                del tensors[name]
+            tensors.update({prefix + name: tensor for name, tensor in layer.state_dict().items()})
         return tensors
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """What `state_dict` gave."""
         tensors = dict(state_dict)
-        for name, layer in self._expert_layers():
-            for key, stack in layer.stacks():
-                leaf = key.rpartition(".")[2]
-                parts = [tensors.pop(f"{name}.{_EXPERTS}{number}.{leaf}") for number in range(len(stack))]
-                tensors[key] = torch.stack(parts)
+        for prefix, layer in self._expert_layers():
+            for name, stack in layer.stacks.items():
+                names = [prefix + layer.name_of(name, number) for number in range(len(stack))]
+                tensors[name] = torch.stack([tensors.pop(each) for each in names])
         return super().load_state_dict(tensors, strict, assign)
 
     def _expert_layers(self) -> Iterator[tuple[str, ExpertLayer]]:
-        names = {id(module): name for name, module in self.named_modules()}
         for number, layer in enumerate(self.expert_layers):
             assert isinstance(layer, ExpertLayer)
-            layer.prefix = names[id(layer.experts())]
-            yield f"expert_layers.{number}", layer
+            yield f"expert_layers.{number}.", layer
 
 
 class ExpertLayer(MoE):
     """The experts of one of our layers, as DeepSpeed sees them; computes nothing."""
 
-    def __init__(self, experts: GroupedExperts, mesh: Mesh) -> None:
+    def __init__(self, name: str, experts: GroupedExperts, mesh: Mesh) -> None:
+        """`name`: of `experts` in the whole."""
         # Not MoE's: it would build a layer.
         nn.Module.__init__(self)
         self.ep_size, self.expert_group_name = mesh.expert.size, group_name(mesh)
         self.num_local_experts = len(experts.gate_up)
         self.num_experts = self.num_local_experts * mesh.expert.size
-        # Not as a module: they have their name in the decoder.
-        self.experts = lambda: experts
-        self.prefix = ""
+        self.stacks = {f"{name}.{own}": parameter for own, parameter in experts.named_parameters()}
+        """Weights [e, ...] of this rank's experts by their names in the whole, where their module is."""
+        for parameter in self.stacks.values():
+            # So that DeepSpeed sums its gradients over the ranks of that group alone.
+            parameter.allreduce, parameter.group_name = False, self.expert_group_name  # pyright: ignore
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Makes the process groups of experts, once for all layers: the ranks of `Mesh.expert` and `expert_data`."""
         if self.expert_group_name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(self.ep_size)
 
-    def stacks(self) -> Iterator[tuple[str, Tensor]]:
-        """Names in the model and weights [e, ...] of this rank's experts."""
-        yield from ((f"{self.prefix}.{name}", stack) for name, stack in self.experts().named_parameters())
+    def name_of(self, stack: str, number: int) -> str:
+        """What DeepSpeed calls expert `number` of this rank's in the weight called `stack`."""
+        return f"{_EXPERTS}{number}.{stack.rpartition('.')[2]}"
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """This rank's experts, one by one."""
-        stacks = [(name, stack.detach()) for name, stack in self.experts().named_parameters()]
-        return {f"{_EXPERTS}{i}.{name}": stack[i] for name, stack in stacks for i in range(len(stack))}
+        stacks = [(name, stack.detach()) for name, stack in self.stacks.items()]
+        return {self.name_of(name, number): stack[number] for name, stack in stacks for number in range(len(stack))}
 
 
 def group_name(mesh: Mesh) -> str:

@@ -14,13 +14,14 @@ import pytest
 import torch
 import yaml
 from real_runs import finish, log_dir, losses, start, summary
-from spawned import RankError, run_ranks
+from spawned import run_ranks
 from torch import Tensor, nn
 
 from wastenot.launch.console import RunConsole
 from wastenot.launch.corpus import prepare
 from wastenot.launch.engine_config import what_is_missing
 from wastenot.launch.env import Rank
+from wastenot.launch.errors import UserError
 from wastenot.launch.saved_run import open_run
 from wastenot.launch.settings import load_config
 from wastenot.launch.trainer import Trainer
@@ -67,6 +68,16 @@ def train(rank: int, world: int, path: Path, broken: bool) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+def refusals(rank: int, world: int, runs: list[Path]) -> list[str]:
+    """Why each of `runs` does not begin."""
+    found = []
+    for path in runs:
+        with pytest.raises(UserError) as caught:
+            train_all(rank, world, [path])
+        found.append(str(caught.value))
+    return found
+
+
 @pytest.fixture(scope="module")
 def run(made):
     """Writes the configuration of a short run: run(zero, **changes) -> path; zero: ZeRO's stage, or None for native."""
@@ -104,8 +115,10 @@ def trained(run) -> dict[int, tuple[Path, list[dict[str, Tensor]]]]:
 
     Experts are over two ranks and there twice, so that dense and expert gradients are sums over other ranks.
     """
-    split = {"train": {"accumulate": 2}}
-    spread, whole = {"parallel": {"data": 4}, **split}, {"parallel": COPIED, "model": {"tie_embeddings": True}, **split}
+    # Of 4096 numbers: some weights share one, some are larger.
+    split, buckets = {"train": {"accumulate": 2}}, {"bucket_bytes": 16384}
+    spread = {"parallel": {"data": 4, **buckets}, **split}
+    whole = {"parallel": COPIED | buckets, "model": {"tie_embeddings": True}, **split}
     four = {-1: run(**spread), **{zero: run(zero, **spread) for zero in (0, 1, 2)}}
     two = {-3: run(**whole), 3: run(3, **whole)}
     found = {}
@@ -215,10 +228,9 @@ def test_what_cannot_be_is_one_line(trained, run, tmp_path, capsys):
     refused(
         run(1, json=str(contradicting)), "train_batch_size: 16 is not 8, which train.batch decides", "optimizer.name"
     )
-    resume = {"checkpoint": {"resume": str(theirs)}}
-    with pytest.raises(RankError, match="wastenot convert from-deepspeed"):
-        run_ranks(2, train_all, [run(**resume)])
-    with pytest.raises(RankError, match="world 4, not 2, data 4, not 2, zero 1, not 2: DeepSpeed resumes in the same"):
-        run_ranks(2, train_all, [run(2, **resume)])
-    with pytest.raises(RankError, match="holds checkpoints of engine: native"):
-        run_ranks(2, train_all, [run(1, checkpoint={"resume": str(ours)})])
+    alone = {"parallel": {"expert": 1, "data": 1}}
+    refused(run(checkpoint={"resume": str(theirs)}, **alone), f"wastenot convert from-deepspeed {theirs} NEW")
+    runs = [run(2, checkpoint={"resume": str(theirs)}), run(1, checkpoint={"resume": str(ours)})]
+    [(other_layout, native), _] = run_ranks(2, refusals, runs)
+    assert "world 4, not 2, data 4, not 2, zero 1, not 2: DeepSpeed resumes in the same layout" in other_layout
+    assert f"{ours} holds checkpoints of engine: native, not of DeepSpeed" in native

@@ -299,7 +299,7 @@ def test_a_dense_run_is_a_llama_there_and_back(tmp_path: Path, capsys: pytest.Ca
         (["to-hf", "RUN", "out", "--family", "olmoe"], "model.qk_norm: none is not this family's full"),
         (["to-hf", "RUN", "out", "--family", "llama"], "4 experts are more than this family's null"),
         (["from-hf", "RUN", "out"], "config.json: cannot be read"),
-        (["from-hf", "RUN", "out", "--checkpoint", "1"], "--checkpoint and --family are for to-hf"),
+        (["from-hf", "RUN", "out", "--checkpoint", "1"], "--checkpoint is for runs; from-hf reads it from the source"),
     ],
 )
 def test_convert_refuses(
