@@ -30,7 +30,7 @@ FILE = "wastenot.json"
 _COMPLETE = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 _PARTIAL, _TRASH, _LATEST = ".partial-", ".trash-", "latest"
 _WHOLE, _DECODER = "mp_rank_00_model_states.pt", "decoder."
-_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
+_EXPERT = re.compile(r"expert_layers\.([^.]+)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(\w+)")
 
 
 _OF_DEEPSPEED = ("deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.runtime.fp16.loss_scaler.LossScaler")
@@ -135,19 +135,15 @@ def weights(path: Path, zero: int) -> dict[str, Tensor]:
         for name, tensor in _read(path / _WHOLE)["module"].items()
         if name.startswith(_DECODER)
     }
-    experts: dict[int, dict[int, dict[str, Tensor]]] = {}
-    for file in path.iterdir():
-        if match := _EXPERT.fullmatch(file.name):
-            layer, number = map(int, match.groups())
-            parts = {name.rpartition(".")[2]: tensor for name, tensor in _read(file).items()}
-            experts.setdefault(layer, {})[number] = parts
-    # Layers of experts in the order of the model's, which is that of their gates.
-    prefixes = [name.removesuffix("router.weight") for name in tensors if name.endswith("router.weight")]
-    for layer, prefix in enumerate(prefixes if experts else []):
-        by_number = [experts[layer][number] for number in sorted(experts[layer])]
-        for name in by_number[0]:
-            tensors[f"{prefix}experts.{name}"] = torch.stack([parts[name] for parts in by_number])
-    return tensors
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for file in path.glob("layer_*_expert_*_mp_rank_00_model_states.pt"):
+        for full_name, tensor in _read(file).items():
+            match = _EXPERT.fullmatch(full_name)
+            if match is None:
+                raise ValueError(f"{file}: {full_name} is no expert of ours")
+            layer, number, name = match.groups()
+            stacks.setdefault(f"{layer.replace('/', '.')}.{name}", {})[int(number)] = tensor
+    return tensors | {name: torch.stack([parts[n] for n in range(len(parts))]) for name, parts in stacks.items()}
 
 
 def _assembled(path: Path) -> dict[str, Tensor]:

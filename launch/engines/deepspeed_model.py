@@ -30,12 +30,13 @@ class Learning(nn.Module):
     def __init__(self, decoder: Decoder, learn: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.decoder, self._learn = decoder, learn
-        self.expert_layers = nn.ModuleList()
+        self.expert_layers = nn.ModuleDict()
         mesh = decoder.mesh
         if mesh.expert.size > 1:
             for name, module in decoder.named_modules():
                 if isinstance(module, GroupedExperts):
-                    self.expert_layers.append(ExpertLayer(f"decoder.{name}", module, mesh))
+                    # In the name of a module there are no dots.
+                    self.expert_layers[name.replace(".", "/")] = ExpertLayer(f"decoder.{name}", module, mesh)
         # Gathered together, as FSDP2 does it: how often experts are called differs from rank to rank.
         set_z3_leaf_modules(self, [Block])
 
@@ -62,9 +63,9 @@ class Learning(nn.Module):
         return super().load_state_dict(tensors, strict, assign)
 
     def _expert_layers(self) -> Iterator[tuple[str, ExpertLayer]]:
-        for number, layer in enumerate(self.expert_layers):
+        for name, layer in self.expert_layers.items():
             assert isinstance(layer, ExpertLayer)
-            yield f"expert_layers.{number}.", layer
+            yield f"expert_layers.{name}.", layer
 
 
 class ExpertLayer(MoE):
