@@ -21,7 +21,8 @@ from ..step import StepResult
 from .checkpoints import DecoderCheckpoints
 from .decoder import count_parameters, generate_from, new_decoder
 from .engine import Ground, Restored
-from .megatron_model import MegatronModel, make_groups
+from .megatron_groups import make_groups
+from .megatron_model import MegatronModel
 from .megatron_step import MegatronStepper
 
 

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from ...moe.adapters.megatron_names import Link, gpt_links, to_megatron, to_ours
@@ -27,42 +19,9 @@ from ...moe.decoder import Decoder
 from ...moe.layer import MoELayer
 from ...moe.routing import Routing
 from ...parallel.expert import local_experts
-from ...parallel.mesh import Axis, Mesh
+from ...parallel.mesh import Mesh
 from ..config import TrainConfig
-from ..precision import compute_dtype
-
-
-def make_groups(config: TrainConfig, mesh: Mesh) -> bool:
-    """Megatron's process groups, over the same ranks as ours; all ranks call it together.
-
-    Returns whether a process group was made here: Megatron wants one also for a rank alone.
-    """
-    alone = not dist.is_initialized()
-    if alone:
-        backend = "nccl" if mesh.device.type == "cuda" else "gloo"
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel(
-        pipeline_model_parallel_size=mesh.pipeline.size,
-        expert_model_parallel_size=mesh.expert.size,
-        distributed_timeout_minutes=timedelta(seconds=config.parallel.timeout_seconds) / timedelta(minutes=1),  # pyright: ignore[reportArgumentType]
-        create_gloo_process_groups=False,
-    )
-    theirs = {
-        "pipeline": parallel_state.get_pipeline_model_parallel_group(),
-        "stage": parallel_state.get_data_parallel_group(),
-        "expert": parallel_state.get_expert_model_parallel_group(),
-        "expert_data": parallel_state.get_expert_data_parallel_group(),
-    }
-    for name, group in theirs.items():
-        found, ours = dist.get_process_group_ranks(group), _ranks(getattr(mesh, name))
-        assert found == ours, f"Megatron-Core's {name} ranks are {found}, ours {ours}"
-    return alone
-
-
-def _ranks(axis: Axis) -> list[int]:
-    return [dist.get_rank()] if axis.group is None else dist.get_process_group_ranks(axis.group)
-
+from .megatron_spec import has_our_layers, layer_specs, transformer_config
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets [B, S] of a micro-batch on this rank; targets below 0 count nothing."""
@@ -80,7 +39,7 @@ class MegatronModel(nn.Module):
         self.config = transformer_config(config, mesh, decoder)
         model: Any = GPTModel(
             self.config,
-            _layers(config, mesh, decoder, self.config, piece_bytes),
+            layer_specs(config, mesh, decoder, self.config, piece_bytes),
             vocab_size=config.model.vocab_size,
             max_sequence_length=config.data.seq_len,
             pre_process=decoder.stages.has_first,
@@ -120,7 +79,10 @@ class MegatronModel(nn.Module):
         positions_BS = self.positions_1S.expand_as(tokens_BS)
         # bf16 weights are bf16 here.
         with torch.autocast(self.mesh.device.type, enabled=False):
-            return self.parallel(tokens_BS, positions_BS, self.masked_11SS, labels=targets_BS), routings
+            output = self.parallel(tokens_BS, positions_BS, self.masked_11SS, labels=targets_BS)
+        for router in self.routers:
+            router.on_routing = None
+        return output, routings
 
     def run(
         self, batches: Sequence[Batch], forward: Callable[..., Tensor], tokens: int, forward_only: bool = False
@@ -167,101 +129,7 @@ def links_of(config: TrainConfig, mesh: Mesh, decoder: Decoder) -> list[Link]:
     """Of all parameters of this rank."""
     moe, stages = config.model.moe, decoder.stages
     held = 0 if moe is None else len(local_experts(moe.experts, mesh.expert))
-    return gpt_links(config.model, stages.held, held, (stages.has_first, stages.has_last), _is_whole(config))
-
-
-def _is_whole(config: TrainConfig) -> bool:
-    return config.megatron.layer == "wastenot"
-
-
-def transformer_config(config: TrainConfig, mesh: Mesh, decoder: Decoder) -> TransformerConfig:
-    """Ours in Megatron's words. Fusions that want TransformerEngine or apex are off."""
-    model, moe, router = config.model, config.model.moe, config.router
-    dtype = compute_dtype(config.train.precision)
-    experts: dict[str, Any] = {}
-    if moe is not None:
-        experts = {
-            "num_moe_experts": moe.experts,
-            "moe_ffn_hidden_size": moe.d_expert,
-            "moe_shared_expert_intermediate_size": moe.shared_experts * moe.d_expert or None,
-            "moe_layer_freq": [int(model.is_moe(layer)) for layer in range(model.layers)],
-            "moe_router_topk": router.top_k,
-            "moe_router_dtype": "fp32",
-            # Our gate drops. With a factor set, the dispatcher counts the rows that are left.
-            "moe_expert_capacity_factor": router.capacity_factor,
-            "moe_router_load_balancing_type": "none",
-            "moe_token_dispatcher_type": "alltoall",
-            "expert_model_parallel_size": mesh.expert.size,
-        }
-    if mesh.pipeline.size > 1:
-        stages = [["decoder"] * len(layers) for layers in decoder.stages.layers]
-        stages[0].insert(0, "embedding")
-        stages[-1].append("loss")
-        experts |= {
-            "pipeline_model_parallel_size": mesh.pipeline.size,
-            "pipeline_model_parallel_layout": stages,
-            "pipeline_dtype": dtype,
-        }
-    return TransformerConfig(
-        **experts,
-        num_layers=model.layers,
-        hidden_size=model.d_model,
-        num_attention_heads=model.heads,
-        num_query_groups=model.num_kv_heads,
-        kv_channels=model.head_width,
-        ffn_hidden_size=model.dense_width,
-        qk_layernorm=model.qk_norm == "head",
-        layernorm_epsilon=model.norm_eps,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        # The weights are there already.
-        perform_initialization=False,
-        # Gradients are summed, not averaged.
-        calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        apply_rope_fusion=False,
-    )
-
-
-def _layers(
-    config: TrainConfig, mesh: Mesh, decoder: Decoder, theirs: TransformerConfig, piece_bytes: int
-) -> TransformerBlockSubmodules:
-    """Megatron's specification of the layers that this rank holds."""
-    model = config.model
-    norms: dict[str, Any] = {"qk_layernorm": theirs.qk_layernorm, "normalization": "RMSNorm"}
-    dense: Any = get_gpt_layer_local_spec(**norms)
-
-    def with_gate() -> Any:
-        spec: Any = get_gpt_layer_local_spec(theirs.num_moe_experts, moe_grouped_gemm=False, **norms).submodules.mlp
-        gate = partial(Gate, router=config.router, mesh=mesh, backend=config.kernels)
-        return replace(spec, submodules=replace(spec.submodules, router=gate))
-
-    def with_layer(number: int) -> Any:
-        like = decoder.blocks.get_submodule(str(number)).ffn
-        assert model.moe is not None
-        make = partial(
-            MoELayer, model.d_model, model.moe, config.router, mesh, piece_bytes, config.kernels, model.nth_moe(number)
-        )
-        return ModuleSpec(Mixture, {"layer": like, "make": make})
-
-    def spec_of(number: int) -> Any:
-        if not model.is_moe(number):
-            return dense
-        mlp = with_layer(number) if _is_whole(config) else with_gate()
-        return replace(dense, submodules=replace(dense.submodules, mlp=mlp))
-
-    specs = [spec_of(number) for number in decoder.stages.held]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=dense.submodules.input_layernorm)
+    return gpt_links(config.model, stages.held, held, (stages.has_first, stages.has_last), has_our_layers(config))
 
 
 def _share(links: Sequence[Link], ours: dict[str, nn.Parameter], theirs: dict[str, nn.Parameter]) -> list[Link]:

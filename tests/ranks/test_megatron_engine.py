@@ -64,7 +64,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
     4: {
         "EP 4": {
             "parallel": {"expert": 4},
-            "router": {"jitter": 0.05, "balance_over": "sequence", "priority": "position"},
+            "router": {"top_k": 1, "jitter": 0.05, "balance_over": "sequence", "priority": "position"},
             "train": {"steps": 6},
         },
         "EP 2 x PP 2": {"parallel": {"expert": 2, "pipeline": 2}, "train": {"accumulate": 2, "steps": 6}},
