@@ -231,8 +231,9 @@ class WastenotMoELayer(BaseMoELayer):
                 with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
                     for matrix in stack:
                         init(matrix)
-            # Read by its DistributedDataParallel and optimizers: these are summed over expert_data only.
-            stack.allreduce = config.expert_model_parallel_size == 1  # pyright: ignore[reportAttributeAccessIssue]
+            # Read by its DistributedDataParallel and optimizers: gradients are summed over expert_data only. With one
+            # expert-parallel rank too, where Megatron's own differ: the optimizer's state then loads at any number.
+            stack.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
             setattr(self.experts, name, stack)
 
 

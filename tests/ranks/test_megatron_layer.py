@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,11 +173,40 @@ def logits_of(model: Any, tokens_BS: Tensor) -> Tensor:
         return model(tokens_BS, torch.arange(length).expand(len(tokens_BS), -1), mask)
 
 
-def train(rank: int, expert: int) -> tuple[list[float], Any]:
-    """Losses of 6 steps under Megatron's DDP with Adapprox, and the model; each rank has a sequence of its own."""
+def step(model: Any, optimizer: Any, tokens_BS: Tensor) -> float:
+    """One step of Megatron's; the mean loss of the ranks, each of which has sequences of its own."""
     import torch.distributed as dist
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.distributed import finalize_model_grads
+    from megatron_cpu_shim import devices_on_cpu
+
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss = F.cross_entropy(logits_of(model, tokens_BS[:, :-1]).flatten(0, 1), tokens_BS[:, 1:].flatten())
+    loss.backward()
+    with devices_on_cpu():
+        finalize_model_grads([model])
+        optimizer.step()
+    both = loss.detach().clone()
+    dist.all_reduce(both)
+    return both.item() / 2
+
+
+def in_ddp(config: Any) -> Any:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron_cpu_shim import devices_on_cpu
+
+    model = gpt(config, FILL)
+    with devices_on_cpu():
+        return DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+
+
+def train(rank: int, expert: int, folder: str) -> tuple[list[float], list[float], Any]:
+    """Losses of 6 steps under Megatron's DDP with Adapprox, of 4 with Megatron's Adam, and the first's model.
+
+    The optimizer of the last two steps with Adam is what EP 2 saved before them.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer.optimizer import FP32Optimizer
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron_cpu_shim import devices_on_cpu
@@ -188,25 +218,72 @@ def train(rank: int, expert: int) -> tuple[list[float], Any]:
     mesh = mesh_of(ProcessGroupCollection.use_mpu_process_groups(), "cpu")
     assert mesh.layout == make_mesh(ParallelConfig(expert=expert), "cpu").layout
     assert (mesh.expert_data.size, mesh.stage.size, mesh.batch.rank) == (2 // expert, 2, rank)
+    model = in_ddp(config)
+    adapprox = Adapprox(list(model.named_parameters()), lr=1e-2, expert_group=mesh.expert.group)
     with devices_on_cpu():
-        model = DistributedDataParallel(config, DistributedDataParallelConfig(), gpt(config, FILL))
-        adapprox = Adapprox(list(model.named_parameters()), lr=1e-2, expert_group=mesh.expert.group)
         optimizer = FP32Optimizer(adapprox, OptimizerConfig(clip_grad=0.0), lambda *_: None)
     tokens_BS = torch.randint(0, 32, (B, S + 1), generator=torch.Generator().manual_seed(rank))
-    losses = []
-    for _ in range(6):
-        model.zero_grad_buffer()
-        optimizer.zero_grad()
-        logits = logits_of(model, tokens_BS[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens_BS[:, 1:].flatten())
-        loss.backward()
+    losses = [step(model, optimizer, tokens_BS) for _ in range(6)]
+
+    other = in_ddp(config)
+    with devices_on_cpu():
+        adam = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-2, clip_grad=1.0), [other])
+    with_adam = [step(other, adam, tokens_BS) for _ in range(2)]
+    described = other.module.sharded_state_dict()
+    state = {"model": described, "optimizer": adam.sharded_state_dict(described, is_loading=expert == 1)}
+    if expert == 2:
+        dist_checkpointing.save(state, f"{folder}/adam")
+    else:
+        state = dist_checkpointing.load(state, f"{folder}/adam")
+        other.module.load_state_dict(state["model"])
+        adam.load_state_dict(state["optimizer"])
+    with_adam += [step(other, adam, tokens_BS) for _ in range(2)]
+    return losses, with_adam, model.module
+
+
+def tensor_parallel_too(rank: int) -> dict[str, float]:
+    """Attention by two tensor ranks, each with its part of every sequence; experts whole, by the same two ranks."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron_cpu_shim import devices_on_cpu
+
+    from wastenot.moe.adapters.megatron_mesh import default_groups, mesh_of
+
+    def lay_out(expert_tensor: int) -> dict[str, Any]:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=2,
+            expert_model_parallel_size=2 // expert_tensor,
+            expert_tensor_parallel_size=expert_tensor,
+        )
         with devices_on_cpu():
-            finalize_model_grads([model])
-            optimizer.step()
-        both = loss.detach().clone()
-        dist.all_reduce(both)
-        losses.append(both.item() / 2)
-    return losses, model.module
+            tensor_parallel.model_parallel_cuda_manual_seed(1)
+        return {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2 // expert_tensor}
+
+    options = lay_out(1)
+    mesh = mesh_of(default_groups(), "cpu")
+    assert (mesh.tensor.size, mesh.stage.size, mesh.batch.size, mesh.expert.size, mesh.expert_data.size) == (
+        2,
+        2,
+        1,
+        2,
+        1,
+    )
+    found = against_ours(megatron_config(**options, sequence_parallel=True), BOTH, rank, 2)
+    said = [refusal(lambda: built(megatron_config(**options), BOTH))]
+    parallel_state.destroy_model_parallel()
+    options = lay_out(2)
+    said.append(refusal(lambda: built(megatron_config(**options, sequence_parallel=True), BOTH)))
+    parallel_state.destroy_model_parallel()
+    assert said[0].startswith("sequence_parallel: False") and said[1].startswith("expert_tensor_parallel_size: 2"), said
+    return found
+
+
+def refusal(make: Callable[[], object]) -> str:
+    """What is said of it; nothing where nothing is."""
+    try:
+        make()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def save(model: Any, folder: str) -> None:
@@ -251,24 +328,15 @@ def refusals() -> dict[str, str]:
         ),
     }
     for name, (options, rectify) in bad.items():
-        try:
-            built(megatron_config(**options), rectify)
-        except ValueError as error:
-            said[name] = str(error)
+        said[name] = refusal(lambda options=options, rectify=rectify: built(megatron_config(**options), rectify))
     before = get_gpt_layer_local_spec(E)
     for name, spec in (
         ("spec: has no MoE layer", get_gpt_layer_local_spec()),
         ("spec: has <class 'wastenot.moe.adapters.megatron.RectifyRouter'>", rectify_spec(before, BOTH)),
         ("spec: has <class 'torch.nn.modules.linear.Linear'>", replace(before.submodules.mlp, module=nn.Linear)),
     ):
-        try:
-            wastenot_spec(spec, BOTH)
-        except ValueError as error:
-            said[name] = str(error)
-    try:
-        mesh_of(ProcessGroupCollection(), "cpu")
-    except ValueError as error:
-        said["pg_collection"] = str(error)
+        said[name] = refusal(lambda spec=spec: wastenot_spec(spec, BOTH))
+    said["pg_collection"] = refusal(lambda: mesh_of(ProcessGroupCollection(), "cpu"))
     after = wastenot_spec(before, BOTH)
     assert before.submodules.mlp.module.__name__ == "MoELayer", "the given spec was changed"
     assert after.submodules.self_attention is before.submodules.self_attention
@@ -289,11 +357,12 @@ def everything(rank: int, world: int, folder: str) -> dict[int, dict[str, Any]]:
         parallel_state.initialize_model_parallel(expert_model_parallel_size=expert)
         with megatron_cpu_shim.devices_on_cpu():
             tensor_parallel.model_parallel_cuda_manual_seed(1)
-        losses, model = train(rank, expert)
+        losses, with_adam, model = train(rank, expert, folder)
         found[expert] = {
             "ours": {name: against_ours(megatron_config(**o), r, rank, expert) for name, (o, r) in CASES.items()},
             "stock": {name: against_theirs(options, rank) for name, options in STOCK.items()},
             "losses": losses,
+            "with adam": with_adam,
             "trained": logits_of(model.eval(), tokens_BS).detach(),
             "stack": model.decoder.layers[0].mlp.experts.gate_up.detach().clone(),
         }
@@ -315,6 +384,7 @@ def everything(rank: int, world: int, folder: str) -> dict[int, dict[str, Any]]:
             ours = loaded(gpt(dropless, RectifyConfig()), f"{folder}/stock").eval()
             found[1]["ours of theirs"] = logits_of(ours, tokens_BS).detach()
         parallel_state.destroy_model_parallel()
+    found[1]["ours"]["tensor parallel"] = tensor_parallel_too(rank)
     return found
 
 
@@ -324,7 +394,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, dict[str
     if importlib.util.find_spec("megatron") is None:  # Importing it takes seconds, and the ranks do.
         pytest.skip("needs megatron-core")
     folder = tmp_path_factory.mktemp("checkpoints")
-    for name in ("ours", "stock"):
+    for name in ("adam", "ours", "stock"):
         (folder / name).mkdir()
     return run_ranks(2, everything, str(folder), timeout=150.0)
 
@@ -333,11 +403,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, dict[str
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "tensor parallel"])
 def test_inside_megatron_it_routes_as_ours_to_the_bit_and_computes_the_same(results, case):
     for result in results:
-        for expert in (1, 2):
-            errors = result[expert]["ours"][case]
+        for cases in (result[1]["ours"], result[2]["ours"]):
+            errors = dict(cases.get(case, {"routing": 0}))
             assert errors.pop("routing") == 0
             assert all(error <= 1e-6 for error in errors.values()), errors
 
@@ -353,6 +423,12 @@ def test_dropless_it_is_megatrons_own_layer_with_its_losses(results, case):
 def test_it_trains_under_megatrons_ddp_with_adapprox_alike_at_any_ep(results):
     one, two = results[0][1]["losses"], results[0][2]["losses"]
     assert two[-1] < 0.9 * two[0], two
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_megatrons_own_adam_goes_on_at_another_ep_from_its_saved_state(results):
+    one, two = results[0][1]["with adam"], results[0][2]["with adam"]
+    assert two[-1] < two[0]
     assert one == pytest.approx(two, rel=1e-5)
 
 
