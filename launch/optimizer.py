@@ -1,7 +1,8 @@
 """The optimizer that a configuration names, over a model's parameters.
 
-None is written here: AdamW, Adafactor and Muon are torch's, CAME and APOLLO their authors', the 8-bit AdamW is
-torchao's. Weight decay acts on matrices (also stacked ones), not on norms and biases.
+None is written here: AdamW is torch's, or NVIDIA's where it is there (`kernels/fused.py`), Adafactor and Muon are
+torch's, CAME and APOLLO their authors', the 8-bit AdamW is torchao's. Weight decay acts on matrices (also stacked
+ones), not on norms and biases.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..kernels.fused import apex_takes, fused_adam, torch_adam
 from ..moe.decoder import Decoder
 from .errors import UserError
 from .optimizer_config import OptimizerConfig, what_is_missing
@@ -168,10 +170,11 @@ class InTurn(torch.optim.Optimizer):
         return loss
 
 
-def _fused_adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    betas = (config.beta1, config.beta2)
+def _fused_adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    parameters = list(parameters)
     groups = [part for group in _groups(parameters, config) for part in _by_mesh(group)]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, foreach=False, fused=True)
+    adam = fused_adam(parameters[0].device).run if parameters and apex_takes(parameters) else torch_adam
+    return adam(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
 
 def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:

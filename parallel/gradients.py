@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..kernels.fused import fused_clip
 from .collectives import all_reduce
 from .expert import expert_parameter_names
 from .mesh import Axis, Mesh
@@ -189,10 +190,10 @@ class Gradients:
 
     def scale(self, factor: Tensor | float) -> None:
         """Multiplies every gradient by `factor`."""
-        for bucket in self._order:
-            bucket.flat.mul_(factor)
+        scale = fused_clip(self.mesh.device).run.scale
+        scale([bucket.flat for bucket in self._order], factor)
         if self.sharded is not None:
-            self.sharded.scale(factor)
+            self.sharded.scale(factor, scale)
 
     def clip(self, norm: Tensor, limit: float) -> None:
         """Scales gradients of global norm `norm` down to `limit`."""
@@ -207,9 +208,9 @@ def clipping(norm: Tensor, limit: float) -> Tensor:
 def sum_of_squares(flats: Iterable[Tensor], device: torch.device) -> Tensor:
     """Of all numbers in `flats`; fp64."""
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for flat in flats:
+    for norm in fused_clip(device).run.norms(list(flats)):
         # Squared in fp64 only here: asking the norm itself for fp64 would copy the whole buffer.
-        total = total + torch.linalg.vector_norm(flat).double().square()
+        total = total + norm.double().square()
     return total
 
 

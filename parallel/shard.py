@@ -284,10 +284,9 @@ class ShardedGradients:
             all_reduce(found.experts, self.mesh.expert_shard, "gradient-norm", self.mesh.recorder)
         return found
 
-    def scale(self, factor: Tensor | float) -> None:
-        """Multiplies every gradient by `factor`."""
-        for part in _parts((*self.dense, *self.tensor, *self.experts)):
-            part.mul_(factor)
+    def scale(self, factor: Tensor | float, by: Any) -> None:
+        """Multiplies every gradient by `factor`, by `by`."""
+        by(list(_parts((*self.dense, *self.tensor, *self.experts))), factor)
 
 
 def _is_cut(parameter: Tensor) -> bool:

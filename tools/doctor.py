@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..kernels.fused import fused_adam, fused_clip, fused_rms_norm
 from ..launch import cores, env, rendezvous
 from ..launch.errors import UserError
 from ..launch.rank_map import Assembly, RankReport, problems, report
@@ -136,8 +137,15 @@ def machine() -> dict[str, Any]:
             "mpi": dist.is_mpi_available(),
         },
         "cuda": torch.version.cuda,
+        "fused": _fused(torch.device("cuda" if devices else "cpu")),
         "versions": {name: _version(name) for name in ("wastenot", *_core_requirements())},
     }
+
+
+def _fused(device: torch.device) -> dict[str, dict[str, str]]:
+    """Whose fused kernels run, and why those."""
+    chosen = {"adam": fused_adam(device), "rms_norm": fused_rms_norm(device), "clip": fused_clip(device)}
+    return {name: {"runs": choice.source, "why": choice.why} for name, choice in chosen.items()}
 
 
 def _memory_bytes() -> int | None:
@@ -222,6 +230,7 @@ def _machine_table(findings: dict[str, Any]) -> Table:
         ("cpu", cpu),
         ("bf16", findings["bf16"] or "no unit for it: slower than fp32"),
         ("backends", ", ".join(available)),
+        *((name, f"{told['runs']} ({told['why']})") for name, told in findings["fused"].items()),
         ("system", f"{findings['system']}, Python {findings['python']}"),
         ("versions", ", ".join(f"{name} {number or 'missing'}" for name, number in findings["versions"].items())),
     ):

@@ -71,8 +71,7 @@ def write_agent(prefix: str, file: Path, names: Path | None = None) -> Path:
     file.write_text(
         "#!/bin/bash\n"
         "while [[ $1 == -* ]]; do shift; done\n"
-        # libfabric, which Intel MPI speaks through, would take docker0.
-        f"name={prefix}${{1##*[.h]}}; export FI_TCP_IFACE=net-${{1##*[.h]}}; shift\n"
+        f"name={prefix}${{1##*[.h]}}; shift\n"
         f'exec {_ENTER.format("$name")} bash -c "{_introduce("$name", names)}$*"\n'
     )
     file.chmod(0o755)
