@@ -133,11 +133,10 @@ def blank_decoder(
 
 def find_checkpoint(folder: RunFolder, step: int | None) -> Path:
     """The checkpoint of `step`, or the newest complete one; UserError naming those there are where it is missing."""
-    engine = folder.load_config().engine
-    if engine != "native":
+    if folder.load_config().engine == "deepspeed":
         raise UserError(
-            f"{folder.path} was trained under engine: {engine}; make it a run of ours first: "
-            f"wastenot convert from-{engine} {folder.path} NEW"
+            f"{folder.path} has checkpoints of DeepSpeed; make it a run of ours first: "
+            f"wastenot convert from-deepspeed {folder.path} NEW"
         )
     if step is None:
         found = newest(folder.checkpoints)

@@ -1,7 +1,7 @@
 """Every example of docs/engines.md runs as it stands in the page: its files, its commands, its scripts.
 
 A machine without CUDA plays one for Megatron-Core: the shim is installed in every process of its two sections, before
-anything of theirs runs (`sitecustomize`).
+anything of theirs runs (`sitecustomize`, which also keeps DeepSpeed from compiling).
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ PAGE = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
 BLOCK = re.compile(r"^```(\w+)( torchrun)?\n(.*?)^```", re.M | re.S)
 SHIMMED = """\
-import sys
-sys.path.append({tests!r})
-if not sys.argv or "pip" not in sys.argv[0]:
+import os, sys
+if os.environ.get("SECTION") == "Megatron-Core":
+    sys.path.append({tests!r})
     import megatron_cpu_shim
     megatron_cpu_shim.install()
     megatron_cpu_shim.devices_on_cpu().__enter__()
+elif os.environ.get("SECTION") == "DeepSpeed" and "RANK" in os.environ:
+    # DeepSpeed would compile a collective of its own for half a minute, with whatever compiler there is.
+    import deepspeed
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 """
 
 
@@ -52,7 +56,9 @@ def run(command: list[str], home: Path, section: str) -> str:
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
     }
-    if "megatron" in section.lower() and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        kinds = [kind for kind in ("Megatron-Core", "DeepSpeed") if kind.split("-")[0].lower() in section.lower()]
+        environ["SECTION"] = kinds[0] if kinds else ""
         paths = [str(home / "site"), os.environ.get("PYTHONPATH", "")]
         environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     done = subprocess.run(command, cwd=home, env=environ, capture_output=True, text=True, timeout=300)
