@@ -103,6 +103,8 @@ def _block(
     ranks: dist.ProcessGroup,
     flat: Tensor,
 ) -> Block:
+    if strange := [names[parameter] for parameter in parameters if parameter not in adapprox.given]:
+        raise ValueError(f"{strange[0]} was made by the engine, not given to Adapprox; leave its replaced modules out")
     of_all = [
         Parameter(names[parameter], shape, adapprox.given[parameter].place)
         for parameter, shape in zip(parameters, shapes, strict=True)

@@ -441,6 +441,28 @@ def test_replicas_stay_equal():
     assert all(a.equal(b) for a, b in zip(*both, strict=True))
 
 
+def test_places_make_a_part_of_a_model_step_as_it_does_in_the_whole():
+    whole, part = [[nn.Parameter(draw(i, 20, 30)) for i in range(2)] for _ in range(2)]
+    optimizer = Adapprox(whole, start="gaussian", rounds=1, tile=1)
+    by_itself = Adapprox([{"params": part[1:], "places": [1]}], start="gaussian", rounds=1, tile=1)
+    for step in range(3):
+        for p in (whole[1], part[1]):
+            p.grad = skewed(step, 20, 30)
+        optimizer.step()
+        by_itself.step()
+    assert torch.equal(whole[1], part[1])
+
+
+def test_vectors_in_the_place_of_matrices_are_refused():
+    matrix, vector = nn.Parameter(draw(1, 20, 30)), nn.Parameter(draw(2, 600))
+    optimizer = Adapprox([matrix])
+    optimizer.param_groups[0]["params"] = [vector]
+    vector.grad = draw(3, 600)
+    with pytest.raises(RuntimeError, match=r"a vector of 600 numbers .* has no factors; call .*follow_zero"):
+        optimizer.step()
+    assert torch.equal(vector, draw(2, 600))
+
+
 def test_bytes_are_the_formula_and_what_is_held():
     parameters = fresh((64, 96), (4, 40, 80), (33,), dtype=torch.float32)
     optimizer = Adapprox(parameters, momentum="bf16")
