@@ -311,7 +311,7 @@ class _OwnedBlock:
             piece.weight.copy_(part)
 
     def _all_to_all(self, parts: list[Tensor], sent_sizes: list[int], received_sizes: list[int]) -> Tensor:
-        empty = torch.empty(0, device=self.block.device)
+        empty = torch.empty(0, dtype=torch.float32, device=self.block.device)
         got = empty.new_empty(sum(received_sizes))
         dist.all_to_all_single(got, torch.cat([empty, *parts]), received_sizes, sent_sizes, group=self.block.ranks)
         return got
@@ -374,7 +374,7 @@ def _check(block: Block, cuts: Sequence[Sequence[_Range]]) -> None:
 
 def _nothing(block: Block, shape: Sequence[int]) -> Tensor:
     """Of this shape, and of one number: what stands for a parameter between steps."""
-    return torch.zeros((), device=block.device).expand(tuple(shape))
+    return torch.zeros((), dtype=torch.float32, device=block.device).expand(tuple(shape))
 
 
 def _gathered(value: Any, group: dist.ProcessGroup) -> list[Any]:
