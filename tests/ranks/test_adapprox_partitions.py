@@ -155,9 +155,15 @@ def in_random_pieces(rank: int, world: int) -> Any:
         held = sum(piece.stop - piece.start for piece in cut.pieces)
         assert (cut.flat == 7).sum() >= cut.flat.numel() - held
         states: list[Any] = [None] * world
-        dist.all_gather_object(states, (measure(cut.made), again.state_dict()["owned"]))
+        dist.all_gather_object(states, (measure(cut.made), again.state_dict()))
         assert in_all([each for each, _ in states]) == measure(cut.plain), seed
-        assert sorted(place for _, owned in states for place in owned) == [*range(len(cut.whole))]
+        assert sorted(place for _, own in states for place in own["owned"]) == [*range(len(cut.whole))]
+        # All ranks' states together are the state of one optimizer of the whole.
+        joined = {place: each for _, own in states for place, each in own["state"].items()}
+        cut.plain = Adapprox(cut.whole)
+        cut.plain.load_state_dict({"state": joined, "param_groups": states[0][1]["param_groups"]})
+        cut.step(8)
+        assert cut.is_equal(), seed
         if again.state_dict()["owned"]:
             with pytest.raises(
                 ValueError, match="other parameters of the model than this rank owns; go on with as many"
