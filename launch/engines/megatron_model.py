@@ -114,14 +114,14 @@ class MegatronModel(nn.Module):
     def hand_over(self) -> None:
         """After the last backward: sums gradients over ranks, and leaves them at our weights."""
         self.parallel.finish_grad_sync()
-        ours = {name: p.grad for name, p in self.ours.items() if p.grad is not None}
+        ours: dict[str, Any] = {name: p.grad for name, p in self.ours.items()}
         to_ours(self.links, {name: p.main_grad for name, p in self.theirs.items()}, ours)
 
 
 def _judge(targets_BS: Tensor, tokens: int, nats_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In Megatron's order: what is minimised, of how many tokens, and what is handed back."""
     counted_BS = targets_BS >= 0
-    nats = (nats_BS * counted_BS).sum() / tokens
+    nats = nats_BS.where(counted_BS, 0).sum() / tokens
     return nats, counted_BS.sum().int(), nats.detach()
 
 
