@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import itertools
 import json
 import pickle
@@ -25,7 +26,16 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ..decoder import Decoder
 from .megatron_names import Link, gpt_links
@@ -98,16 +108,20 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    """torch's, but for the pickle that it trusts."""
+    """torch's, but for the pickle that it trusts, and reads before every tensor."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    @functools.cached_property
+    def _metadata(self) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _Unpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError("it holds no description of a checkpoint")
-        if not isinstance(metadata.storage_meta, StorageMeta):
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """As torch's, but only once."""
+        metadata = self._metadata
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
 
@@ -154,22 +168,27 @@ class MegatronCheckpoint:
         args = common.get("args") if isinstance(common, dict) else None
         return vars(args) if isinstance(args, argparse.Namespace) else None
 
-    def tensor(self, name: str) -> Tensor:
-        """The whole tensor `name`, on the CPU, in the dtype it was saved in."""
+    def tensor(self, name: str, layer: int | None = None) -> Tensor:
+        """The tensor `name`, on the CPU, in the dtype it was saved in; of one over layers that of one layer."""
         entry = self._metadata.state_dict_metadata[name]
         assert isinstance(entry, TensorStorageMetadata)
-        state = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
-        dcp.load(state, storage_reader=self._reader, no_dist=True)
-        return state[name]
+        planner = _PartPlanner(name, entry, layer)
+        try:
+            dcp.load({name: planner.part}, storage_reader=self._reader, planner=planner, no_dist=True)
+        except (CheckpointException, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{self.folder}: {name} cannot be read; a file of it is missing or cut short: copy it again"
+            ) from error
+        return planner.part if layer is None else planner.part.squeeze(0)
 
     def vocabulary(self) -> int:
         """Rows of the embedding: Megatron pads the tokenizer's to a multiple of 128 by default."""
-        (name,), _ = self._find("embedding.word_embeddings.weight")
-        return self.shapes[name][0]
+        names, _, _ = self._find("embedding.word_embeddings.weight")
+        return self.shapes[names[0]][0]
 
     @torch.no_grad()
     def load_into(self, model: Decoder) -> None:
-        """Copies all weights into `model`, whole and in memory, one tensor of the checkpoint at a time.
+        """Copies all weights into `model`, whole and in memory; of the checkpoint one tensor of a layer at a time.
 
         Raises ValueError naming the first that is missing, of another shape, or that `model` has no place for.
         """
@@ -180,26 +199,30 @@ class MegatronCheckpoint:
             places[link.theirs].append(link)
         for layer in config.expert_counts:
             link = Link(f"blocks.{layer}.ffn.router.bias_E", f"decoder.layers.{layer}.mlp.router.expert_bias")
-            if any(name in self.shapes for name, _ in _homes(link.theirs)):
+            if any(name in self.shapes for name, *_ in _homes(link.theirs)):
                 places[link.theirs].append(link)
             else:
                 ours[link.ours].zero_()
-        # By tensor of the checkpoint: each is read once, and let go.
-        wanted: dict[tuple[str, ...], list[tuple[str, tuple[int, ...]]]] = collections.defaultdict(list)
+        # By what is read at once, and let go: one tensor, or two halves, of one layer.
+        wanted: dict[tuple[tuple[str, ...], int | None], list[tuple[str, tuple[int, ...]]]]
+        wanted = collections.defaultdict(list)
+        covered: dict[str, set[tuple[int, ...]]] = collections.defaultdict(set)
         for theirs in places:
-            names, index = self._find(theirs)
-            wanted[names].append((theirs, index))
-        for names, parts in wanted.items():
-            self._check_cover(names[0], {index for _, index in parts})
-            halves = [self.tensor(name) for name in names]
-            for theirs, index in parts:
-                value = torch.cat([half[index] for half in halves])
-                for link in places[theirs]:
-                    _copy(link, value, ours)
-        used = {name for names in wanted for name in names}
-        left = sorted(name for name in self.shapes if _is_weight(name) and name not in used)
+            names, layer, expert = self._find(theirs)
+            wanted[names, layer].append((theirs, expert))
+            for name in names:
+                covered[name].add((*([] if layer is None else [layer]), *expert))
+        for name, indices in covered.items():
+            self._check_cover(name, indices)
+        left = sorted(name for name in self.shapes if _is_weight(name) and name not in covered)
         if left:
             raise ValueError(f"{left[0]}: is in the checkpoint and not in the model ({len(left)} such weights)")
+        for (names, layer), parts in wanted.items():
+            halves = [self.tensor(name, layer) for name in names]
+            for theirs, expert in parts:
+                value = torch.cat([half[expert] for half in halves])
+                for link in places[theirs]:
+                    _copy(link, value, ours)
 
     def _check_cover(self, name: str, wanted: set[tuple[int, ...]]) -> None:
         """Raises ValueError where a tensor over layers or experts has others than the model."""
@@ -208,16 +231,36 @@ class MegatronCheckpoint:
             counted = " x ".join(map(str, outer))
             raise ValueError(f"{name}: holds {counted} weights of layers or experts, and the model has {len(wanted)}")
 
-    def _find(self, theirs: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """Where a tensor of a module lies: the names of one tensor, or of two halves, and the index of its part.
+    def _find(self, theirs: str) -> tuple[tuple[str, ...], int | None, tuple[int, ...]]:
+        """Where a tensor of a module lies: the names of one tensor, or of two halves, and which layer and expert of it.
 
         Raises ValueError where it is nowhere.
         """
-        for name, index in _homes(theirs):
+        for name, layer, expert in _homes(theirs):
             for names in ((name,), (f"{name}_w", f"{name}_v")):
                 if all(each in self.shapes for each in names):
-                    return names, index
+                    return names, layer, expert
         raise ValueError(f"{theirs}: is not in {self.folder}; is it of another model?")
+
+
+class _PartPlanner(dcp.DefaultLoadPlanner):
+    """Reads one layer of a tensor over layers, or all of any tensor, into `part`."""
+
+    def __init__(self, name: str, entry: TensorStorageMetadata, layer: int | None) -> None:
+        super().__init__()
+        self._name, self._entry = name, entry
+        self._box = ChunkStorageMetadata(torch.Size([0] * len(entry.size)), entry.size)
+        if layer is not None:
+            self._box = ChunkStorageMetadata(
+                torch.Size([layer, *self._box.offsets[1:]]), torch.Size([1, *entry.size[1:]])
+            )
+        self.part = torch.empty(self._box.sizes, dtype=entry.properties.dtype)
+
+    def create_local_plan(self) -> LoadPlan:
+        return LoadPlan(create_read_items_for_chunk_list(self._name, self._entry, [self._box]))
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.part
 
 
 def _copy(link: Link, value: Tensor, ours: Mapping[str, Tensor]) -> None:
@@ -231,22 +274,22 @@ def _copy(link: Link, value: Tensor, ours: Mapping[str, Tensor]) -> None:
     part.copy_(their_part)
 
 
-def _homes(theirs: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """All names and places that a tensor of a module may have in a checkpoint."""
+def _homes(theirs: str) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
+    """All names that a tensor of a module may have in a checkpoint, and its layer and expert where there are others."""
     spelled = [theirs]
     spelled += [theirs.replace(name, fused) for name, fused in _FUSED_NORMS.items() if name in theirs]
     for name in spelled:
-        layer = _LAYER.fullmatch(name)
-        layered: list[tuple[str, tuple[int, ...]]] = [(name, ())]
-        if layer:
-            layered.append((f"decoder.layers.{layer[2]}", (int(layer[1]),)))
-        for key, index in layered:
+        own = _LAYER.fullmatch(name)
+        layered: list[tuple[str, int | None]] = [(name, None)]
+        if own:
+            layered.append((f"decoder.layers.{own[2]}", int(own[1])))
+        for key, layer in layered:
             expert = _EXPERT.search(key)
             if expert is None:
-                yield key, index
+                yield key, layer, ()
             else:
-                yield _EXPERT.sub("experts.experts.", key), (*index, int(expert[1]))
-                yield _EXPERT.sub(f"experts.experts.{expert[1]}.", key), index
+                yield _EXPERT.sub("experts.experts.", key), layer, (int(expert[1]),)
+                yield _EXPERT.sub(f"experts.experts.{expert[1]}.", key), layer, ()
 
 
 def _is_weight(name: str) -> bool:

@@ -276,7 +276,7 @@ def test_what_is_no_such_checkpoint_is_said_and_nothing_in_it_runs(saved, tmp_pa
     for name, value, expected in (
         ("swiglu", False, "swiglu: False makes another model than ours; only True carries over"),
         ("num_layers", 3, "linear_qkv.layer_norm_weight: holds 2 weights of layers or experts, and the model has 3"),
-        ("num_experts", 4, "mlp.router.weight: has shape [8, 16], which does not make blocks.0.ffn.router.weight"),
+        ("num_experts", 4, "linear_fc1.weight: holds 2 x 8 weights of layers or experts, and the model has 8"),
         ("qk_layernorm", True, "self_attention.q_layernorm.weight: is not in"),
         (
             "untie_embeddings_and_output_weights",
@@ -288,6 +288,12 @@ def test_what_is_no_such_checkpoint_is_said_and_nothing_in_it_runs(saved, tmp_pa
     ):
         torch.save({**common, "args": argparse.Namespace(**{**vars(args), name: value})}, source / "common.pt")
         assert expected in said(), name
+    torch.save(common, source / "common.pt")
+    largest = max(source.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    whole = largest.read_bytes()
+    largest.write_bytes(whole[: len(whole) // 2])
+    assert "cannot be read; a file of it is missing or cut short" in said()
+    largest.write_bytes(whole)
     torch.save({**common, "args": Evil()}, source / "common.pt")
     assert "holds no options of Megatron-LM" in said()
     words[-2:] = []
