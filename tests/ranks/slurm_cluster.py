@@ -85,7 +85,8 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
 
         def daemon(host: int, words: str) -> None:
             with (folder / "daemons.log").open("a") as log:
-                command = cluster.command(host, f"PATH=$PATH:/usr/sbin; exec {words}")
+                # They end with this process, however it ends.
+                command = cluster.command(host, f"PATH=$PATH:/usr/sbin; exec setpriv --pdeathsig TERM {words}")
                 process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             daemons.callback(_end, process)
 
