@@ -13,7 +13,6 @@ from .layout_rules import STEPS_PARTS
 _OWN_ONLY = {
     "parallel.tensor": (1, "cut by our tensor ranks"),
     "parallel.shard": (1, "sharded by FSDP2"),
-    "recompute.mode": ("none", "recomputed in our blocks"),
     "train.start": (None, "begun with another run's weights"),
     "train.only": ("all", "trained in part"),
     "train.keep_zeros": (False, "kept sparse"),
@@ -33,6 +32,17 @@ def others_do_what_they_can(config: TrainConfig) -> list[Violation]:
             message = f"under {config.engine} no model is {done}; use {_shown(nothing)}, or engine: native"
             found.append(Violation((path, "engine"), message))
     return found
+
+
+def others_recompute_little(config: TrainConfig) -> list[Violation]:
+    """DeepSpeed runs our blocks, but knows of no windows; Megatron-Core runs its own."""
+    mode = config.recompute.mode
+    legal = {"native": ("none", "selective", "full", "lynx"), "deepspeed": ("none", "selective", "full")}
+    if mode in legal.get(config.engine, ("none",)):
+        return []
+    nearest = "full" if config.engine == "deepspeed" else "none"
+    message = f"{mode} is not there under {config.engine}; use {nearest}, or engine: native"
+    return [Violation(("recompute.mode", "engine"), message)]
 
 
 def deepspeed_has_no_stages(config: TrainConfig) -> list[Violation]:
@@ -119,6 +129,7 @@ def deepspeed_json_agrees(config: TrainConfig) -> list[Violation]:
 
 ENGINE_RULES = (
     others_do_what_they_can,
+    others_recompute_little,
     deepspeed_has_no_stages,
     deepspeed_shares_out_what_it_can,
     megatron_has_words,

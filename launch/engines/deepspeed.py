@@ -152,7 +152,7 @@ class DeepSpeedEngine:
         return count_parameters(self._sizes, self.ground.mesh)
 
     def recomputed_seconds(self) -> tuple[float, float]:
-        return 0.0, 0.0
+        return self.decoder.recomputation.spent.take()
 
     def planned(self) -> dict[str, Any]:
         return {}
