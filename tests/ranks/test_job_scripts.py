@@ -53,3 +53,18 @@ def test_the_scripts_for_torchrun_and_mpirun_train_alike(folder):
     by_mpirun = losses(folder, "mpi", "launch", "mpi", "tiny.yaml", "--nodes", "1", "--submit")
     assert by_torchrun == by_mpirun
     assert len(by_torchrun) >= 4
+
+
+def test_another_mpi_than_the_script_is_for_is_named(folder):
+    tool = Path(sys.executable).with_name("mpiexec")
+    if not tool.exists():
+        pytest.skip("needs the extra `mpi`: no mpiexec beside this Python")
+    said = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
+    flavour, other = ("mpich", "openmpi") if "Open MPI" in said else ("openmpi", "")
+    command = ["launch", "mpi", "tiny.yaml", "--nodes", "1", "--flavour", flavour, "--submit"]
+    words = [sys.executable, "-m", "wastenot.tools.cli", *command]
+    run = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"error: --flavour: {flavour}, but ") and f" is of {other}" in line
+    assert not (folder / "runs").exists()
