@@ -7,11 +7,11 @@ import math
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from real_runs import finish, log_dir, losses, start, summary
 from spawned import run_ranks
@@ -33,19 +33,38 @@ from wastenot.tools.cli import main
 
 pytestmark = pytest.mark.skipif(bool(what_is_missing("deepspeed")), reason=what_is_missing("deepspeed"))
 
-COPIED = {"expert": 1, "data": 2}
 BROKEN = 3
-"""The step whose loss is not finite, where a run is to have one."""
+"""The step whose loss is not finite, in every run."""
 
 
-def train_all(rank: int, world: int, runs: list[Path], broken: bool = False) -> list[dict[str, Tensor]]:
-    """Runs as `wastenot train` makes them, on ranks that are there; the weights that this rank has at their ends."""
+def train_all(rank: int, world: int, runs: list[Path | tuple[Path, Path]]) -> list[dict[str, Tensor]]:
+    """Runs as `wastenot train` makes them, on ranks that are there; the weights that this rank has at their ends.
+
+    A pair is a run that was made, and another, which goes on from the middle of it.
+    """
     # DeepSpeed's own imports and calls.
     warnings.simplefilter("ignore")
-    return [train(rank, world, path, broken) for path in runs]
+    weights = []
+    for run in runs:
+        if isinstance(run, tuple):
+            if rank == 0:
+                leave_half(*run)
+            dist.barrier()
+        weights.append(train(rank, world, run if isinstance(run, Path) else run[1]))
+    return weights
 
 
-def train(rank: int, world: int, path: Path, broken: bool) -> dict[str, Tensor]:
+def leave_half(path: Path, again: Path) -> None:
+    """Leaves of the run at `path` in `again` what there is when it is killed while it saves for the second time."""
+    settings = yaml.safe_load(path.read_text()) | {"log": yaml.safe_load(again.read_text())["log"]}
+    again.write_text(yaml.safe_dump(settings))
+    shutil.copytree(log_dir(path), log_dir(again))
+    folder = log_dir(again) / "checkpoints"
+    (folder / "step-00000008").rename(folder / ".partial-step-00000008")
+    (log_dir(again) / "metrics.jsonl").unlink()
+
+
+def train(rank: int, world: int, path: Path) -> dict[str, Tensor]:
     config = load_config(path)
     place = Rank(rank=rank, world=world, local_rank=rank, local_world=world)
     ledger, watchdog = Ledger(), Watchdog(place, None, 60.0)
@@ -56,11 +75,11 @@ def train(rank: int, world: int, path: Path, broken: bool) -> dict[str, Tensor]:
     assert isinstance(model, nn.Module)
 
     def spoil(module: nn.Module, given: object, made: Tensor) -> Tensor | None:
-        return made * math.nan if broken and module.training and trainer.progress.step == BROKEN - 1 else None
+        return made * math.nan if module.training and trainer.progress.step == BROKEN - 1 else None
 
     model.embedding.register_forward_hook(spoil)  # pyright: ignore
     trainer.run()
-    if config.engine == "native" or config.deepspeed.zero < 3:
+    if config.deepspeed.zero < 3:
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     import deepspeed
 
@@ -98,54 +117,70 @@ def run(made):
     return write
 
 
-def assert_same_curve(path: Path, native: Path, rel: float) -> None:
-    found, expected = losses(path), losses(native)
-    assert list(found) == list(expected) == list(range(1, 9))
-    for step, numbers in expected.items():
-        # What is not finite is null in a line of metrics.
-        assert found[step] == (numbers if None in numbers else pytest.approx(numbers, rel=rel)), step
-    assert summary(path)["val_loss"] == pytest.approx(summary(native)["val_loss"], rel=rel)
-    for number in ("skipped_steps", "rectified_ratio", "parameters"):
-        assert summary(path)[number] == summary(native)[number], number
-
-
 @pytest.fixture(scope="module")
-def trained(run) -> dict[int, tuple[Path, list[dict[str, Tensor]]]]:
-    """A run of every stage of ZeRO and each rank's weights at its end; the native runs as stages -1, and -3 for 3.
-
-    Experts are over two ranks and there twice, so that dense and expert gradients are sums over other ranks.
-    """
-    # Of 4096 numbers: some weights share one, some are larger.
-    split, buckets = {"train": {"accumulate": 2}}, {"bucket_bytes": 16384}
-    spread = {"parallel": {"data": 4, **buckets}, **split}
-    whole = {"parallel": COPIED | buckets, "model": {"tie_embeddings": True}, **split}
-    four = {-1: run(**spread), **{zero: run(zero, **spread) for zero in (0, 1, 2)}}
-    two = {-3: run(**whole), 3: run(3, **whole)}
+def trained(run) -> dict[str, tuple[Path, list[dict[str, Tensor]]]]:
+    """Runs by name, and each rank's weights at their ends."""
+    more = {"train": {"accumulate": 2}, "router": {"bias_update": 1e-3}}
+    # Buckets of 4096 numbers: some weights share one, some are larger.
+    buckets, copied = {"bucket_bytes": 16384}, {"expert": 1, "data": 2}
+    # Experts over two ranks and there twice, so that dense and expert gradients are sums over other ranks.
+    spread = {"parallel": {"data": 4, **buckets}, **more}
+    tied = {"parallel": {**copied, **buckets}, "model": {"tie_embeddings": True}, **more}
+    bf16, adapprox = {"train": {"precision": "bf16"}}, {"optimizer": {"name": "adapprox"}}
+    four = {"native": run(**spread), **{f"zero {zero}": run(zero, **spread) for zero in (0, 1, 2)}}
+    two = {
+        "native, tied": run(**tied),
+        "zero 3": run(3, **tied),
+        "native, bf16": run(**bf16),
+        "zero 1, bf16": run(1, **bf16),
+        "native, adapprox": run(**adapprox),
+        **{f"zero {zero}, adapprox": run(zero, **adapprox) for zero in (0, 1, 2)},
+        "native, copied adapprox": run(parallel=copied, **adapprox),
+        "zero 3, adapprox": run(3, parallel=copied, **adapprox),
+    }
     found = {}
-    for world, runs in ((4, four), (2, two)):
-        weights = run_ranks(world, train_all, list(runs.values()), True, timeout=300)
-        found |= {stage: (path, [rank[i] for rank in weights]) for i, (stage, path) in enumerate(runs.items())}
+    for world, runs, names in ((4, four, RESUMED[:2]), (2, two, RESUMED[2:])):
+        runs |= {f"resumed {name}": (runs[name], run()) for name in names}
+        weights = run_ranks(world, train_all, list(runs.values()), timeout=300)
+        for i, (name, path) in enumerate(runs.items()):
+            found[name] = path if isinstance(path, Path) else path[1], [rank[i] for rank in weights]
     return found
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_every_stage_has_the_losses_and_norms_of_the_native_engine(trained, zero):
-    path, native = trained[zero][0], trained[-3 if zero == 3 else -1][0]
-    assert_same_curve(path, native, 1e-5)
-    assert losses(path)[BROKEN][0] is None
+RESUMED = ("zero 0", "zero 1", "zero 3", "zero 1, adapprox", "zero 3, adapprox")
+
+
+@pytest.mark.parametrize(
+    ("name", "native", "rel"),
+    [
+        *((f"zero {zero}", "native", 1e-5) for zero in (0, 1, 2)),
+        ("zero 3", "native, tied", 1e-5),
+        # bf16 makes much of the last bits of fp32: sums in another order.
+        ("zero 1, bf16", "native, bf16", 2e-3),
+        *((f"zero {zero}, adapprox", "native, adapprox", 1e-5) for zero in (0, 1, 2)),
+        ("zero 3, adapprox", "native, copied adapprox", 1e-5),
+    ],
+)
+def test_losses_and_gradient_norms_are_those_of_the_native_engine(trained, name, native, rel):
+    (path, _), (other, _) = trained[name], trained[native]
+    found, expected = losses(path), losses(other)
+    assert list(found) == list(expected) == list(range(1, 9))
+    for step, numbers in expected.items():
+        # What is not finite is null in a line of metrics.
+        assert found[step] == ((None, None) if step == BROKEN else pytest.approx(numbers, rel=rel)), step
+    assert summary(path)["val_loss"] == pytest.approx(summary(other)["val_loss"], rel=rel)
     assert summary(path)["skipped_steps"] == 1
-    said = json.loads((log_dir(path) / "deepspeed.json").read_text())
-    assert (said["zero_optimization"]["stage"], said["train_micro_batch_size_per_gpu"]) == (zero, 2 if zero == 3 else 1)
+    assert summary(path)["parameters"] == summary(other)["parameters"]
+    assert summary(path)["rectified_ratio"] == pytest.approx(summary(other)["rectified_ratio"], abs=rel)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_converted_run_has_the_weights_that_trained_bit_for_bit(trained, zero, tmp_path, capsys):
-    path, (first, second, *_) = trained[zero]
+    path, (first, second, *_) = trained[f"zero {zero}"]
     target = tmp_path / "converted"
     assert main(["convert", "from-deepspeed", str(log_dir(path)), str(target)]) == 0
     assert "deepspeed" not in sys.modules, "a machine without it can read them"
-    saved = open_run(target)
-    found = saved.model.state_dict()
+    found = open_run(target).model.state_dict()
     assert found.keys() == first.keys()
     for name, tensor in found.items():
         shared = ".experts." in name and zero < 3
@@ -157,62 +192,28 @@ def test_a_converted_run_has_the_weights_that_trained_bit_for_bit(trained, zero,
     assert "wastenot convert from-deepspeed" in capsys.readouterr().err
 
 
-def cut_short(path: Path, run: Callable[..., Path]) -> Path:
-    """The run at `path` as it is when it is killed while it saves for the second time."""
-    again = run()
-    settings = yaml.safe_load(path.read_text()) | {"log": yaml.safe_load(again.read_text())["log"]}
-    again.write_text(yaml.safe_dump(settings))
-    shutil.copytree(log_dir(path), log_dir(again))
-    folder = log_dir(again) / "checkpoints"
-    (folder / "step-00000008").rename(folder / ".partial-step-00000008")
-    (log_dir(again) / "metrics.jsonl").unlink()
-    return again
-
-
-def assert_went_on(again: Path, path: Path) -> None:
-    before = losses(path)
-    assert losses(again) == {step: before[step] for step in range(5, 9)}
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained, name):
+    (path, before), (again, after) = trained[name], trained[f"resumed {name}"]
+    expected = losses(path)
+    assert losses(again) == {step: expected[step] for step in range(5, 9)}
     folders = sorted(each.name for each in (log_dir(again) / "checkpoints").iterdir() if each.is_dir())
     assert folders == ["step-00000004", "step-00000008"]
-
-
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained, run):
-    for world, stages in ((4, (0, 1)), (2, (3,))):
-        cut = [cut_short(trained[zero][0], run) for zero in stages]
-        weights = run_ranks(world, train_all, cut, True, timeout=300)
-        for i, zero in enumerate(stages):
-            path, before = trained[zero]
-            assert_went_on(cut[i], path)
-            for rank, tensors in enumerate(weights):
-                assert all(torch.equal(tensor, before[rank][name]) for name, tensor in tensors[i].items()), zero
-
-
-def test_bf16_and_adapprox_train_as_natively(run):
-    bf16, adapprox = {"train": {"precision": "bf16"}}, {"optimizer": {"name": "adapprox"}}
-    copied = {"parallel": COPIED, **adapprox}
-    native = [run(**bf16), run(**adapprox), run(**copied)]
-    theirs = [run(1, **bf16), *(run(zero, **adapprox) for zero in (0, 1, 2)), run(3, **copied)]
-    run_ranks(2, train_all, [*native, *theirs], timeout=300)
-    # bf16 makes much of the last bits of fp32: sums in another order.
-    assert_same_curve(theirs[0], native[0], 2e-3)
-    for path in theirs[1:4]:
-        assert_same_curve(path, native[1], 1e-5)
-    assert_same_curve(theirs[4], native[2], 1e-5)
-    cut = [cut_short(path, run) for path in (theirs[2], theirs[4])]
-    run_ranks(2, train_all, cut, timeout=300)
-    assert_went_on(cut[0], theirs[2])
-    assert_went_on(cut[1], theirs[4])
+    for ours, theirs in zip(after, before, strict=True):
+        assert all(torch.equal(tensor, theirs[weight]) for weight, tensor in ours.items())
 
 
 def test_a_rank_alone_trains_and_the_console_is_ours(run):
     path = run(1, parallel={"expert": 1, "data": 1})
     said = finish(start(path))
     assert "trained          8 steps" in said
+    said_to_it = json.loads((log_dir(path) / "deepspeed.json").read_text())
+    assert (said_to_it["zero_optimization"]["stage"], said_to_it["train_micro_batch_size_per_gpu"]) == (1, 8)
     assert not [line for line in said.splitlines() if "WARNING" in line or "Warning" in line or "eepSpeed" in line]
 
 
 def test_what_cannot_be_is_one_line(trained, run, tmp_path, capsys):
-    theirs, ours = (log_dir(trained[stage][0]) for stage in (1, -1))
+    theirs, ours = (log_dir(trained[name][0]) for name in ("zero 1", "native"))
 
     def refused(path: Path, *words: str) -> None:
         assert main(["train", str(path)]) == 2
