@@ -148,7 +148,7 @@ class MegatronCheckpoint:
         try:
             self._metadata = self._reader.read_metadata()
             entries = self._metadata.state_dict_metadata.items()
-        except (OSError, pickle.UnpicklingError, AttributeError, EOFError) as error:
+        except Exception as error:  # a broken pickle raises anything
             raise ValueError(f"{folder}: its .metadata cannot be read ({error})") from error
         self.shapes: dict[str, tuple[int, ...]] = {
             name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)
@@ -163,7 +163,7 @@ class MegatronCheckpoint:
         safe: Any = types.SimpleNamespace(__name__="safe", Unpickler=_Unpickler, load=lambda f: _Unpickler(f).load())
         try:
             common = torch.load(path, map_location="cpu", weights_only=False, pickle_module=safe)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        except Exception as error:  # a broken pickle raises anything
             raise ValueError(f"{path}: cannot be read ({error})") from error
         args = common.get("args") if isinstance(common, dict) else None
         return vars(args) if isinstance(args, argparse.Namespace) else None
@@ -301,7 +301,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path}: cannot be read ({error}); give a folder that Megatron-Core's dist_checkpointing saved"
+            f"{path}: cannot be read ({error}); give a folder that Megatron-Core saved with --ckpt-format torch_dist"
         ) from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds no JSON object")

@@ -296,6 +296,8 @@ def test_what_is_no_such_checkpoint_is_said_and_nothing_in_it_runs(saved, tmp_pa
     largest.write_bytes(whole)
     torch.save({**common, "args": Evil()}, source / "common.pt")
     assert "holds no options of Megatron-LM" in said()
+    (source / "common.pt").write_bytes(pickle.dumps(["no", "zip"]))
+    assert "common.pt: cannot be read" in said()
     words[-2:] = []
     assert "--tokenizer: Megatron's checkpoints hold none" in said()
     words += ["--tokenizer", str(folder)]
