@@ -27,7 +27,7 @@ from ..moe.adapters.huggingface_names import has_experts
 from ..moe.decoder import Decoder
 from ..parallel.mesh import single
 
-HELP = "turn a checkpoint of Hugging Face, Megatron or DeepSpeed into a run, or a run into Hugging Face's"
+HELP = "turn checkpoints of Hugging Face, Megatron or DeepSpeed into runs, and runs into Hugging Face's"
 EXAMPLE = """\
   wastenot convert to-hf runs/quickstart exported
   wastenot convert from-deepspeed runs/under-deepspeed runs/ours
