@@ -392,14 +392,15 @@ def test_what_cannot_be_is_refused_by_its_name(results):
         assert message.startswith(f"{name}: ") and "\n" not in message
 
 
-def test_without_megatron_the_adapter_says_what_to_install():
+def test_without_megatron_the_adapters_say_what_to_install():
     code = (
-        "import sys; sys.modules['megatron'] = None\n"
-        "try:\n    import wastenot.moe.adapters.megatron\n"
-        "except ImportError as error:\n    print(error)\n"
+        "import importlib, sys; sys.modules['megatron'] = None\n"
+        "for name in ('megatron', 'megatron_layer', 'megatron_mesh'):\n"
+        "    try:\n        importlib.import_module(f'wastenot.moe.adapters.{name}')\n"
+        "    except ImportError as error:\n        print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'wastenot[megatron]'" in done.stdout
+    assert done.stdout.count("pip install 'wastenot[megatron]'") == 3
 
 
 WITHOUT = ("megatron_names", "megatron_config", "megatron_checkpoint")
