@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -150,7 +151,7 @@ def against_theirs(options: dict[str, Any], rank: int) -> dict[str, float]:
     return errors
 
 
-def gpt(config: Any, rectify: RectifyConfig | None) -> Any:
+def gpt(config: Any, rectify: RectifyConfig | None, **ends: bool) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron_cpu_shim import devices_on_cpu
@@ -161,16 +162,16 @@ def gpt(config: Any, rectify: RectifyConfig | None) -> Any:
     torch.manual_seed(5)
     with devices_on_cpu():
         spec = spec if rectify is None else wastenot_spec(spec, rectify)
-        return GPTModel(config, spec, vocab_size=32, max_sequence_length=S, position_embedding_type="rope")
+        return GPTModel(config, spec, vocab_size=32, max_sequence_length=S, position_embedding_type="rope", **ends)
 
 
-def logits_of(model: Any, tokens_BS: Tensor) -> Tensor:
+def logits_of(model: Any, tokens_BS: Tensor, labels: Tensor | None = None) -> Tensor:
     from megatron_cpu_shim import devices_on_cpu
 
     length = tokens_BS.size(1)
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
     with devices_on_cpu():
-        return model(tokens_BS, torch.arange(length).expand(len(tokens_BS), -1), mask)
+        return model(tokens_BS, torch.arange(length).expand(len(tokens_BS), -1), mask, labels=labels)
 
 
 def step(model: Any, optimizer: Any, tokens_BS: Tensor) -> float:
@@ -281,6 +282,50 @@ def tensor_parallel_too(rank: int) -> dict[str, float]:
     return found
 
 
+def in_stages(rank: int, stages: int) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of three micro-batches under Megatron's schedule, and gradients of this rank's MoE layers."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron_cpu_shim import devices_on_cpu
+
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=stages)
+    with devices_on_cpu():
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+    # A number of the whole process, which the schedule sets in another shape than losses without one.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    losses_on = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 1e-3}
+    config = megatron_config(**losses_on, pipeline_model_parallel_size=stages, pipeline_dtype=torch.float32)
+    stage = rank if stages > 1 else 0
+    model = gpt(config, BOTH, pre_process=stage == 0, post_process=stage == stages - 1)
+    named = {name.replace("layers.0", f"layers.{stage}"): p for name, p in model.named_parameters()}
+    if stages == 1:
+        named = dict(model.named_parameters())
+    for name, p in named.items():
+        # Whatever stage it is on.
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        p.data.copy_(torch.randn(p.shape, generator=generator) / 4)
+    batches = [torch.randint(0, 32, (B, S + 1), generator=torch.Generator().manual_seed(k)) for k in range(3)]
+
+    def forward(data: Any, model: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Any]]]:
+        tokens_BS = next(data)
+        nats_BS = logits_of(model, tokens_BS[:, :-1], labels=tokens_BS[:, 1:])
+        return nats_BS, lambda nats_BS: (nats_BS.mean(), nats_BS.mean().item())
+
+    with devices_on_cpu():
+        losses = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(batches),
+            model=model,
+            num_microbatches=3,
+            seq_length=S,
+            micro_batch_size=B,
+            forward_only=False,
+        )
+    parallel_state.destroy_model_parallel()
+    return losses, {name: p.grad for name, p in named.items() if ".mlp." in name}
+
+
 def refusal(make: Callable[[], object]) -> str:
     """What is said of it; nothing where nothing is."""
     try:
@@ -389,6 +434,7 @@ def everything(rank: int, world: int, folder: str) -> dict[int, dict[str, Any]]:
             found[1]["ours of theirs"] = logits_of(ours, tokens_BS).detach()
         parallel_state.destroy_model_parallel()
     found[1]["ours"]["tensor parallel"] = tensor_parallel_too(rank)
+    found[1]["in one stage"], found[1]["in two stages"] = in_stages(rank, 1), in_stages(rank, 2)
     return found
 
 
@@ -400,7 +446,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, dict[str
     folder = tmp_path_factory.mktemp("checkpoints")
     for name in ("adam", "ours", "stock"):
         (folder / name).mkdir()
-    return run_ranks(2, everything, str(folder), timeout=150.0)
+    return run_ranks(2, everything, str(folder), timeout=240.0)
 
 
 # Megatron-Core warns about CUDA libraries that a CPU does not have.
@@ -430,6 +476,15 @@ def test_it_trains_under_megatrons_ddp_with_adapprox_alike_at_any_ep(results):
     assert plain[-1] < 0.9 * plain[0], plain
     for losses in others:
         assert losses == pytest.approx(plain, rel=1e-5)
+
+
+def test_in_a_pipeline_of_megatrons_it_is_the_same_layer_with_its_losses(results):
+    expected, gradients = results[0][1]["in one stage"]
+    assert results[1][1]["in two stages"][0] == pytest.approx(expected, rel=1e-6)
+    found = results[0][1]["in two stages"][1] | results[1][1]["in two stages"][1]
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert off(found[name], gradient) <= 1e-6, name
 
 
 def test_megatrons_own_adam_goes_on_at_another_ep_from_its_saved_state(results):
