@@ -133,6 +133,7 @@ def trained(run) -> dict[str, tuple[Path, list[dict[str, Tensor]]]]:
         "zero 3": run(3, **tied),
         "native, bf16": run(**bf16),
         "zero 1, bf16": run(1, **bf16),
+        "zero 1, bf16, recomputed": run(1, recompute={"mode": "full"}, **bf16),
         "native, adapprox": run(**adapprox),
         **{f"zero {zero}, adapprox": run(zero, **adapprox) for zero in (0, 1, 2)},
         "native, copied adapprox": run(parallel=copied, **adapprox),
@@ -172,6 +173,14 @@ def test_losses_and_gradient_norms_are_those_of_the_native_engine(trained, name,
     assert summary(path)["skipped_steps"] == 1
     assert summary(path)["parameters"] == summary(other)["parameters"]
     assert summary(path)["rectified_ratio"] == pytest.approx(summary(other)["rectified_ratio"], abs=rel)
+
+
+def test_what_blocks_compute_again_changes_no_bit(trained):
+    (path, weights), (kept, others) = trained["zero 1, bf16, recomputed"], trained["zero 1, bf16"]
+    assert losses(path) == losses(kept)
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in others[0].items())
+    lines = [json.loads(line) for line in (log_dir(path) / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line.get("recompute_exposed_seconds", 0) for line in lines) > 0
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
