@@ -97,12 +97,12 @@ def _torch_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def _torch_norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    return torch._foreach_norm(list(tensors)) if tensors else ()
+    return torch._foreach_norm(list(tensors)) if tensors else ()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _torch_scale(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
     if tensors:
-        torch._foreach_mul_(list(tensors), factor)
+        torch._foreach_mul_(list(tensors), factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 _TORCH_CLIP = Clip(_torch_norms, _torch_scale)

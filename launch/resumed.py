@@ -26,11 +26,15 @@ def checkpoint_in(path: Path) -> Path:
         found = newest(folder) if folder.is_dir() else None
         if found is not None:
             return found
-    if any(
-        any(path.glob(pattern)) for pattern in ("*_model_states.pt", "*/*_model_states.pt", "*/*/*_model_states.pt")
-    ):
+    refuse_deepspeed(path)
+    raise UserError(f"{path} holds no complete checkpoint; give a run, or one of its checkpoints/step-…")
+
+
+def refuse_deepspeed(path: Path) -> None:
+    """Raises UserError where `path`, a run, its `checkpoints` or one of them, holds files of DeepSpeed."""
+    patterns = ("*_model_states.pt", "*/*_model_states.pt", "*/*/*_model_states.pt")
+    if any(any(path.glob(pattern)) for pattern in patterns):
         raise UserError(
             f"{path} holds checkpoints of engine: deepspeed; make it a run of ours first: "
             f"wastenot convert from-deepspeed {path} NEW"
         )
-    raise UserError(f"{path} holds no complete checkpoint; give a run, or one of its checkpoints/step-…")

@@ -21,6 +21,7 @@ from .config import TrainConfig
 from .env import Rank, pick_device
 from .errors import UserError
 from .precision import weight_dtype
+from .resumed import refuse_deepspeed
 from .run_folder import RunFolder
 from .settings import as_mapping, dump_config
 from .tokenizer import FILE_NAME, Tokenizer, load_tokenizer
@@ -133,11 +134,7 @@ def blank_decoder(
 
 def find_checkpoint(folder: RunFolder, step: int | None) -> Path:
     """The checkpoint of `step`, or the newest complete one; UserError naming those there are where it is missing."""
-    if folder.load_config().engine == "deepspeed":
-        raise UserError(
-            f"{folder.path} has checkpoints of DeepSpeed; make it a run of ours first: "
-            f"wastenot convert from-deepspeed {folder.path} NEW"
-        )
+    refuse_deepspeed(folder.path)
     if step is None:
         found = newest(folder.checkpoints)
         if found is None:

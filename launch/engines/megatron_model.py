@@ -39,7 +39,7 @@ class MegatronModel(nn.Module):
         self.config = transformer_config(config, mesh, decoder)
         model: Any = GPTModel(
             self.config,
-            layer_specs(config, mesh, decoder, self.config, piece_bytes),
+            layer_specs(config, mesh, decoder, self.config, piece_bytes),  # pyright: ignore[reportArgumentType]
             vocab_size=config.model.vocab_size,
             max_sequence_length=config.data.seq_len,
             pre_process=decoder.stages.has_first,

@@ -96,7 +96,8 @@ def layer_specs(
     dense: Any = get_gpt_layer_local_spec(**norms)
 
     def with_gate() -> Any:
-        spec: Any = get_gpt_layer_local_spec(theirs.num_moe_experts, moe_grouped_gemm=False, **norms).submodules.mlp
+        layer: Any = get_gpt_layer_local_spec(theirs.num_moe_experts, moe_grouped_gemm=False, **norms)
+        spec = layer.submodules.mlp
         gate = partial(Gate, router=config.router, mesh=mesh, backend=config.kernels)
         return replace(spec, submodules=replace(spec.submodules, router=gate))
 

@@ -9,6 +9,9 @@ front, or each under its number; experts likewise, or each under its number with
 layer with experts one by one, its grouped ones, and ours (megatron_layer.py) all have the same names.
 """
 
+# pyright: reportPrivateImportUsage=false
+# torch.distributed.checkpoint does not declare its names as exported.
+
 from __future__ import annotations
 
 import argparse

@@ -12,6 +12,9 @@ grouped experts: either layer loads what the other saved, at any number of exper
 `megatron.rectify_spec` is the smaller change: our router in Megatron's own layer.
 """
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportOptionalCall=false, reportOptionalMemberAccess=false
+# Megatron's configuration says of what it has filled in that it may be None.
+
 from __future__ import annotations
 
 from dataclasses import replace

@@ -45,7 +45,10 @@ def test_a_plain_run_is_every_engines(engine: str):
             {"engine": "deepspeed", "parallel": {"shard": 2}},
             "parallel.shard: under deepspeed no model is sharded",
         ),
-        ({"engine": "deepspeed", "recompute": {"mode": "lynx"}}, "recompute.mode: lynx is not there under deepspeed; use full"),
+        (
+            {"engine": "deepspeed", "recompute": {"mode": "lynx"}},
+            "recompute.mode: lynx is not there under deepspeed; use full",
+        ),
         (
             {"engine": "megatron", "train": {"only": "router"}},
             "train.only: under megatron no model is trained in",
