@@ -84,7 +84,7 @@ OF_THE_SCRIPT = {
     *("group-query-attention", "rotary-base", "untie-embeddings-and-output-weights", "seq-length", "global-batch-size"),
     *("micro-batch-size", "train-iters", "seed", "lr", "min-lr", "lr-decay-style", "lr-warmup-iters", "weight-decay"),
     *("adam-beta2", "adam-eps", "clip-grad", "save-interval", "save", "eval-interval", "log-interval"),
-    *("num-virtual-stages-per-pipeline-rank", "use-distributed-optimizer"),
+    *("num-virtual-stages-per-pipeline-rank", "use-distributed-optimizer", "data-path", "tokenizer-model"),
 }
 """Options of Megatron-LM's script that are not the configuration of its core."""
 
