@@ -58,7 +58,7 @@ def megatron_has_words(config: TrainConfig) -> list[Violation]:
     if config.engine != "megatron":
         return []
     moe, parallel = config.model.moe, config.parallel
-    cannot = [
+    cannot: list[tuple[str, object, str]] = [
         ("model.qk_norm", "full", "norms go over one head there; use head or none"),
         ("train.precision", "fp64", "its norms and rotary embeddings are fp32; use fp32"),
     ]
@@ -66,6 +66,9 @@ def megatron_has_words(config: TrainConfig) -> list[Violation]:
         if config.megatron.layer == "megatron":
             why = "its dispatcher sends the rows that there are; use ragged, megatron.layer: wastenot"
             cannot.append(("model.moe.dispatch", "padded", why))
+            if parallel.piece_bytes != "auto":
+                why = "its dispatcher sends each exchange whole; use auto, megatron.layer: wastenot"
+                cannot.append(("parallel.piece_bytes", parallel.piece_bytes, why))
         if config.router.kind != "learned":
             cannot.append(("router.kind", config.router.kind, "it is for benchmarks of our own layers; use learned"))
     if parallel.pipeline > 1 and parallel.schedule != "1f1b":
@@ -99,8 +102,9 @@ def engine_is_installed(config: TrainConfig) -> list[Violation]:
     return [Violation(("engine",), missing)] if missing else []
 
 
-def megatron_has_devices(config: TrainConfig) -> list[Violation]:
-    if config.engine != "megatron" or what_is_missing("megatron"):
+def devices_for_engine(config: TrainConfig) -> list[Violation]:
+    """Asked where a run starts: a configuration is written, and a job sent, on machines that have none."""
+    if config.engine != "megatron":
         return []
     import torch  # Which nothing else here needs.
 
@@ -134,7 +138,7 @@ ENGINE_RULES = (
     deepspeed_shares_out_what_it_can,
     megatron_has_words,
 )
-ENGINE_FILE_RULES = (engine_is_installed, megatron_has_devices, deepspeed_json_exists, deepspeed_json_agrees)
+ENGINE_FILE_RULES = (engine_is_installed, deepspeed_json_exists, deepspeed_json_agrees)
 
 
 def _at(config: object, path: str) -> object:

@@ -20,13 +20,13 @@ def find_resumed(config: TrainConfig, checkpoints: Checkpointer) -> Path | None:
 
 def checkpoint_in(path: Path) -> Path:
     """A checkpoint's folder from itself, its `checkpoints` folder or its run; UserError where there is none."""
+    refuse_deepspeed(path)
     for folder in (path, path / "checkpoints"):
         if folder.name.startswith("step-") and folder.is_dir():
             return folder
         found = newest(folder) if folder.is_dir() else None
         if found is not None:
             return found
-    refuse_deepspeed(path)
     raise UserError(f"{path} holds no complete checkpoint; give a run, or one of its checkpoints/step-…")
 
 

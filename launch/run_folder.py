@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "log",
     "kernels",
     "deepspeed.json",
+    "megatron",
     "data.dir",
     "train.steps",
     "train.nproc",

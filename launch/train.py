@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .alike import Makeup, versions
 from .config import TrainConfig
+from .engine_rules import devices_for_engine
 from .env import Rank, detect, pick_device, start, stop
 from .errors import UserError, all_together
 from .exits import OK, OUR_FAULT, guarded
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
         overrides.append(f"train.nproc={args.nproc}")
     config = load_config(args.config, overrides)
     args.run_dir = config.log.dir
+    if missing := devices_for_engine(config):
+        raise all_together(str(args.config), missing)
     rank = detect(os.environ)
     if rank.launcher == "none":
         return _start_here(config, rank, args, overrides)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from ...parallel.mesh import Axis, Mesh
 from ..config import TrainConfig
+from ..rendezvous import group_timeout
 
 
 def make_groups(config: TrainConfig, mesh: Mesh) -> bool:
@@ -24,7 +23,8 @@ def make_groups(config: TrainConfig, mesh: Mesh) -> bool:
     parallel_state.initialize_model_parallel(
         pipeline_model_parallel_size=mesh.pipeline.size,
         expert_model_parallel_size=mesh.expert.size,
-        distributed_timeout_minutes=timedelta(seconds=config.parallel.timeout_seconds) / timedelta(minutes=1),  # pyright: ignore[reportArgumentType]
+        # As long as ours: the watchdog speaks first.
+        distributed_timeout_minutes=group_timeout(config.parallel.timeout_seconds) / 60,  # pyright: ignore[reportArgumentType]
         create_gloo_process_groups=False,
     )
     theirs = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ from ...parallel.mesh import Mesh
 from ..config import TrainConfig
 from .megatron_spec import has_our_layers, layer_specs, transformer_config
 
+_BUILDING = logging.getLogger("megatron.core.transformer.transformer_layer")
+
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets [B, S] of a micro-batch on this rank; targets below 0 count nothing."""
 
@@ -37,6 +40,8 @@ class MegatronModel(nn.Module):
         self.mesh, self.moe_layers = mesh, decoder.moe_layers
         tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
         self.config = transformer_config(config, mesh, decoder)
+        # Of our layer, whose class it need not know.
+        _BUILDING.addFilter(lambda record: "Unknown MLP type" not in record.getMessage())
         model: Any = GPTModel(
             self.config,
             layer_specs(config, mesh, decoder, self.config, piece_bytes),  # pyright: ignore[reportArgumentType]
