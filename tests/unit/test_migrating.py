@@ -109,12 +109,14 @@ def test_arguments_of_transformers_are_its_own():
     assert not {row.split(":")[0] for row in rows if "=" not in row} - of_models
 
 
-@pytest.mark.parametrize("engine", ["Megatron-LM", "transformers"])
+@pytest.mark.parametrize("engine", list(FILES))
 def test_the_file_trains(engine, tmp_path):
     corpus = make_corpus(tmp_path)
     file = tmp_path / "run.yaml"
     file.write_text(FILES[engine][0], encoding="utf-8")
     changes = {
+        # DeepSpeed would change what warns in this process; tests of its own train with it.
+        "engine": "native",
         "train.steps": 2,
         "parallel.data": 1,
         "parallel.expert": 1,
