@@ -17,11 +17,12 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
+import io
 import itertools
 import json
+import operator
 import pickle
 import re
-import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,6 @@ _KNOWN = {
     ("collections", "OrderedDict"),
     ("torch", "Size"),
     ("torch", "device"),
-    ("torch._utils", "_rebuild_tensor_v2"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     *(("builtins", name) for name in ("bytearray", "complex", "dict", "frozenset", "list", "set", "slice", "tuple")),
@@ -109,6 +109,10 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         return Unknown
 
+    def persistent_load(self, pid: Any) -> Unknown:
+        """The storage of a tensor: no pickle here is read for one."""
+        return Unknown(pid)
+
 
 class _Reader(dcp.FileSystemReader):
     """torch's, but for the pickle that it trusts, and reads before every tensor."""
@@ -137,9 +141,12 @@ class MegatronCheckpoint:
         Raises ValueError where that is none, or of another format.
         """
         latest = folder / _LATEST
-        if latest.is_file():
-            iteration = latest.read_text().strip()
-            folder /= f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
+        try:
+            if latest.is_file():
+                iteration = latest.read_text(encoding="utf-8").strip()
+                folder /= f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{latest}: cannot be read ({_line(error)}); name the folder of an iteration") from error
         self.folder = folder
         described = _read_json(folder / "metadata.json")
         backend = described.get("sharded_backend")
@@ -150,24 +157,28 @@ class MegatronCheckpoint:
         self._reader = _Reader(folder)
         try:
             self._metadata = self._reader.read_metadata()
-            entries = self._metadata.state_dict_metadata.items()
+            self.shapes: dict[str, tuple[int, ...]] = {
+                name: tuple(map(operator.index, entry.size))
+                for name, entry in self._metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+            """Of every tensor, optimizers' included."""
         except Exception as error:  # a broken pickle raises anything
-            raise ValueError(f"{folder}: its .metadata cannot be read ({error})") from error
-        self.shapes: dict[str, tuple[int, ...]] = {
-            name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)
-        }
-        """Of every tensor, optimizers' included."""
+            raise ValueError(f"{folder}: its .metadata cannot be read ({_line(error)}); copy it again") from error
 
     def args(self) -> dict[str, Any] | None:
         """Megatron-LM's command line, where its training loop saved it; None elsewhere."""
         path = self.folder / "common.pt"
         if not path.is_file():
             return None
-        safe: Any = types.SimpleNamespace(__name__="safe", Unpickler=_Unpickler, load=lambda f: _Unpickler(f).load())
+        # Not torch.load: whatever it is told, it runs what a TorchScript archive holds.
         try:
-            common = torch.load(path, map_location="cpu", weights_only=False, pickle_module=safe)
+            archive = torch._C.PyTorchFileReader(str(path))
+            if "constants.pkl" in archive.get_all_records():
+                raise pickle.UnpicklingError("it is a TorchScript archive, not saved values")
+            common = _Unpickler(io.BytesIO(archive.get_record("data.pkl"))).load()
         except Exception as error:  # a broken pickle raises anything
-            raise ValueError(f"{path}: cannot be read ({error})") from error
+            raise ValueError(f"{path}: cannot be read ({_line(error)})") from error
         args = common.get("args") if isinstance(common, dict) else None
         return vars(args) if isinstance(args, argparse.Namespace) else None
 
@@ -175,10 +186,10 @@ class MegatronCheckpoint:
         """The tensor `name`, on the CPU, in the dtype it was saved in; of one over layers that of one layer."""
         entry = self._metadata.state_dict_metadata[name]
         assert isinstance(entry, TensorStorageMetadata)
-        planner = _PartPlanner(name, entry, layer)
         try:
+            planner = _PartPlanner(name, entry, layer)
             dcp.load({name: planner.part}, storage_reader=self._reader, planner=planner, no_dist=True)
-        except (CheckpointException, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (CheckpointException, Exception) as error:  # the first is no Exception
             raise ValueError(
                 f"{self.folder}: {name} cannot be read; a file of it is missing or cut short: copy it again"
             ) from error
@@ -237,11 +248,15 @@ class MegatronCheckpoint:
     def _find(self, theirs: str) -> tuple[tuple[str, ...], int | None, tuple[int, ...]]:
         """Where a tensor of a module lies: the names of one tensor, or of two halves, and which layer and expert of it.
 
-        Raises ValueError where it is nowhere.
+        Raises ValueError where it is nowhere, or of too few dimensions.
         """
         for name, layer, expert in _homes(theirs):
             for names in ((name,), (f"{name}_w", f"{name}_v")):
                 if all(each in self.shapes for each in names):
+                    outer = (layer is not None) + len(expert)
+                    if len({self.shapes[each] for each in names}) > 1 or len(self.shapes[names[0]]) <= outer:
+                        shown = ", ".join(f"{each} of shape {list(self.shapes[each])}" for each in names)
+                        raise ValueError(f"{shown}: holds no {theirs}; is its .metadata damaged?")
                     return names, layer, expert
         raise ValueError(f"{theirs}: is not in {self.folder}; is it of another model?")
 
@@ -297,6 +312,11 @@ def _homes(theirs: str) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
 
 def _is_weight(name: str) -> bool:
     return name.startswith(("decoder.", "embedding.", "output_layer.")) and "._extra_state" not in name
+
+
+def _line(error: Exception) -> str:
+    """What it says, in one line: torch adds what its C++ was doing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _read_json(path: Path) -> dict[str, Any]:
