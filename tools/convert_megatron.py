@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..launch.config import DataConfig, LogConfig, TrainConfig
+from ..launch.engine_config import DeepSpeedConfig, MegatronConfig
 from ..launch.env import Rank, pick_device
 from ..launch.errors import UserError
 from ..launch.run_folder import RunFolder
 from ..launch.saved_run import blank_decoder, write_run
-from ..launch.settings import as_mapping, load_config, parse_config
+from ..launch.settings import as_mapping, parse_config
+from ..launch.strict_yaml import read_yaml
 from ..launch.tokenizer import FILE_NAME, load_tokenizer
 from ..moe.adapters.megatron_checkpoint import MegatronCheckpoint
 from ..moe.adapters.megatron_config import config_from_megatron
@@ -40,6 +42,9 @@ def from_megatron(source: Path, target: Path, tokenizer: str | None, config: str
             )
         described = replace(
             described,
+            engine="native",
+            megatron=MegatronConfig(),
+            deepspeed=DeepSpeedConfig(),
             model=replace(described.model, vocab_size=vocab_size),
             data=replace(described.data, tokenizer=str(RunFolder(target).tokenizer / FILE_NAME)),
             log=LogConfig(dir=str(target)),
@@ -60,7 +65,8 @@ def from_megatron(source: Path, target: Path, tokenizer: str | None, config: str
 def _described(checkpoint: MegatronCheckpoint, config: str | None) -> TrainConfig:
     """The configuration of the model, its vocabulary and places still to be filled in."""
     if config is not None:
-        return load_config(config)
+        # Only described here: it is run elsewhere, where its corpus and devices are.
+        return parse_config(read_yaml(Path(config)), config)
     args = checkpoint.args()
     if args is None:
         raise UserError(

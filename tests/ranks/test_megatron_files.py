@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -23,9 +24,11 @@ from spawned import run_ranks
 from test_megatron_rectify import E, megatron_config
 from torch import Tensor
 
+from wastenot.launch.engine_config import MegatronConfig
 from wastenot.launch.indexed import IndexedTokens, write_indexed
 from wastenot.launch.saved_run import open_run
 from wastenot.launch.tokenizer import byte_tokenizer
+from wastenot.moe.adapters.megatron_checkpoint import MegatronCheckpoint
 from wastenot.moe.config import RectifyConfig
 from wastenot.tools.cli import main
 
@@ -235,7 +238,9 @@ def test_megatrons_checkpoints_become_runs_with_the_same_logits(saved, tmp_path,
         config.write_text(
             "model: {d_model: 16, layers: 2, heads: 4, kv_heads: 2, d_head: 8, norm_eps: 1e-5, qk_norm: head,\n"
             f"        moe: {{experts: {E}, d_expert: 12, shared_experts: 2}}}}\n"
-            "router: {top_k: 2, score: sigmoid, scale: 2.5, bias_update: 1e-3}\ndata: {tokenizer: bytes}\n"
+            "router: {top_k: 2, score: sigmoid, scale: 2.5, bias_update: 1e-3}\n"
+            # Of a machine that this is not: with GPUs and the corpus.
+            "engine: megatron\nmegatron: {layer: wastenot}\ndata: {corpus: elsewhere/text, tokenizer: elsewhere}\n"
         )
         words += ["--config", str(config)]
     assert main([*words, "--json"]) == 0
@@ -245,7 +250,21 @@ def test_megatrons_checkpoints_become_runs_with_the_same_logits(saved, tmp_path,
     with torch.no_grad():
         found = run.model.logits(run.model(tokens_BS).hidden_BSD)
     assert (found - logits[name]).abs().max() <= 1e-6 * logits[name].abs().max()
+    assert run.config.engine == "native" and run.config.megatron == MegatronConfig()
     assert run.step == 0 and "iter_0000007" in json.dumps(json.loads((run.checkpoint / "meta.json").read_text()))
+
+
+class Scripted(torch.nn.Module):
+    """Does something while torch.jit.load makes it: it fails, and so would the reading."""
+
+    @torch.jit.export
+    def __getstate__(self) -> bool:
+        return self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: bool) -> None:
+        self.training = state
+        raise ValueError("a script ran")
 
 
 class Evil:
@@ -298,8 +317,35 @@ def test_what_is_no_such_checkpoint_is_said_and_nothing_in_it_runs(saved, tmp_pa
     assert "holds no options of Megatron-LM" in said()
     (source / "common.pt").write_bytes(pickle.dumps(["no", "zip"]))
     assert "common.pt: cannot be read" in said()
+    torch.jit.save(torch.jit.script(Scripted()), source / "common.pt")
+    with pytest.raises(torch.jit.Error, match="a script ran"):
+        torch.jit.load(source / "common.pt")
+    assert "common.pt: cannot be read (it is a TorchScript archive, not saved values)" in said()
+    torch.save({**common, "rng": torch.ones(3)}, source / "common.pt")
+    assert MegatronCheckpoint(source).args() == {**vars(args), "attention_backend": ANY, "save": ANY}
     words[-2:] = []
     assert "--tokenizer: Megatron's checkpoints hold none" in said()
     words += ["--tokenizer", str(folder)]
+    described = (source / ".metadata").read_bytes()
     (source / ".metadata").write_bytes(pickle.dumps(Evil()))
     assert "its .metadata cannot be read" in said()
+    weight = "embedding.word_embeddings.weight"
+    for damage, expected in (
+        (lambda metadata: delattr(metadata.state_dict_metadata[weight], "size"), "its .metadata cannot be read"),
+        (lambda metadata: setattr(metadata.state_dict_metadata[weight], "size", None), "its .metadata cannot be read"),
+        (lambda metadata: setattr(metadata.state_dict_metadata[weight], "size", ["a"]), "its .metadata cannot be read"),
+        (lambda metadata: setattr(metadata, "state_dict_metadata", 3), "its .metadata cannot be read"),
+        (lambda metadata: setattr(metadata.state_dict_metadata[weight], "size", torch.Size([])), "of shape []: holds"),
+        (lambda metadata: metadata.storage_data.clear(), f"{weight} cannot be read"),
+        (lambda metadata: delattr(metadata, "storage_data"), "cannot be read; a file of it is missing"),
+        (lambda metadata: delattr(metadata.state_dict_metadata[weight], "properties"), f"{weight} cannot be read"),
+    ):
+        metadata = pickle.loads(described)
+        damage(metadata)
+        (source / ".metadata").write_bytes(pickle.dumps(metadata))
+        assert expected in said()
+    (source / ".metadata").write_bytes(described)
+    for latest in (b"\xff", b"9" * 5000):
+        (source / "latest_checkpointed_iteration.txt").write_bytes(latest)
+        error = said()
+        assert "latest_checkpointed_iteration.txt: cannot be read" in error and error.count("\n") == 1
