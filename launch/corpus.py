@@ -73,7 +73,7 @@ def prepare(config: DataConfig, progress: bool = True) -> Path:
         # Here: other corpora do not need it.
         from .indexed_corpus import prepare_indexed
 
-        return prepare_indexed(indexed, config)
+        return prepare_indexed(indexed, config, progress)
     folder = Path(config.corpus)
     if folder.is_file():
         return prepare_files([folder], config, progress)
@@ -136,7 +136,7 @@ def _find_or_build(corpus: Corpus, config: DataConfig, progress: bool) -> Path:
     folder = Path(config.dir) / f"{corpus.name}-{tokenizer_name}-{digest}"
 
     def build(part: Path) -> None:
-        with _bars(progress) as bars:
+        with progress_bars(progress) as bars:
             _build(part, corpus, config, bars)
 
     return find_or_build(folder, build)
@@ -199,7 +199,8 @@ def _build_beside(folder: Path, alone: bool, build: Callable[[Path], None]) -> N
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _bars(progress: bool) -> Progress:
+def progress_bars(progress: bool) -> Progress:
+    """Bars on stderr, where that is a terminal and `progress` asks for them; none otherwise."""
     console = Console(stderr=True)
     return Progress(console=console, transient=True, disable=not (progress and sys.stderr.isatty()))
 

@@ -27,7 +27,7 @@ import numpy as np
 from .errors import UserError
 from .shards import Split
 
-__all__ = ["IndexedTokens", "find_indexed", "write_indexed"]
+__all__ = ["IndexedTokens", "check_free", "find_indexed", "remove", "targets_of", "write_indexed"]
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -124,19 +124,31 @@ class IndexedTokens:
             )
 
 
+def targets_of(prefix: Path) -> tuple[Path, Path]:
+    """The two files: ids and index."""
+    return _with(prefix, ".bin"), _with(prefix, ".idx")
+
+
+def check_free(prefix: Path) -> None:
+    """Raises UserError where one of the files is there already."""
+    for target in targets_of(prefix):
+        if target.exists():
+            raise UserError(f"{target}: exists; name another prefix")
+
+
 def write_indexed(prefix: Path, documents: Iterable[Sequence[int] | np.ndarray], vocab_size: int) -> dict[str, int]:
     """Writes `PREFIX.bin` and `PREFIX.idx`, each document as one sequence; returns how many documents and tokens.
 
-    Both files appear whole or not at all. Raises UserError where one is there already or cannot be written.
+    Each file appears whole or not at all, and where this raises it leaves none. Raises UserError where one is there
+    already or cannot be written.
     """
     dtype = np.dtype(_DTYPES[8] if vocab_size < _FEW_IDS else _DTYPES[4])
     code = next(code for code, name in _DTYPES.items() if np.dtype(name) == dtype)
-    targets = [_with(prefix, suffix) for suffix in (".bin", ".idx")]
-    for target in targets:
-        if target.exists():
-            raise UserError(f"{target}: exists; name another prefix")
+    check_free(prefix)
+    targets = targets_of(prefix)
     parts = [_with(target, ".part") for target in targets]
     lengths: list[int] = []
+    ours: list[Path] = []
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with parts[0].open("wb") as file:
@@ -151,13 +163,22 @@ def write_indexed(prefix: Path, documents: Iterable[Sequence[int] | np.ndarray],
             file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
         for part, target in zip(parts, targets, strict=True):
             part.rename(target)
-    except OSError as error:
-        raise UserError(f"{prefix}: cannot be written ({error})") from error
+            ours.append(target)
+    except BaseException as error:
+        remove(ours)
+        if isinstance(error, OSError):
+            raise UserError(f"{prefix}: cannot be written ({error})") from error
+        raise
     finally:
-        for part in parts:
-            with contextlib.suppress(OSError):
-                part.unlink()
+        remove(parts)
     return {"documents": len(lengths), "tokens": sum(lengths)}
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """As many of the files as are there and can be."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _ids(path: Path, dtype: np.dtype) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Files of Megatron's datasets: training on them is the same, broken ones are named (ranks/test_megatron_files.py
 reads theirs)."""
 
+import hashlib
+import io
 import json
 import os
 import struct
@@ -8,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from wastenot.launch import indexed_corpus
 from wastenot.launch.config import DataConfig
 from wastenot.launch.corpus import prepare
 from wastenot.launch.errors import UserError
@@ -147,6 +151,86 @@ def test_what_cannot_be_trained_on_is_said(prepared, tmp_path, capsys):
         assert said in capsys.readouterr().err
     assert main(["data", "export", str(prepared)]) == 2
     assert "takes a prepared folder and a PREFIX" in capsys.readouterr().err
-    Path(f"{prefix}-val.idx").touch()
-    assert main(["data", "export", str(prepared), str(prefix)]) == 2
-    assert f"{prefix}-val.idx: exists" in capsys.readouterr().err
+    for split, (full, empty) in {"val": ("train", "val"), "train": ("val", "train")}.items():
+        pair = tmp_path / f"no-{split}"
+        write_indexed(Path(f"{pair}-{full}"), [[1, 2, 3]], 300)
+        write_indexed(Path(f"{pair}-{empty}"), [], 300)
+        assert main(["data", "prepare", str(pair), "--tokenizer", "bytes", "--dir", str(tmp_path / "none")]) == 2
+        said = capsys.readouterr().err
+        assert f"{pair}-{empty}.idx: holds no text" in said and "val_fraction" not in said
+    assert not [path for path in (tmp_path / "none").iterdir() if path.suffix != ".lock"]
+
+
+def test_an_export_leaves_all_its_files_or_none(prepared, tmp_path, capsys):
+    prefix = tmp_path / "exports" / "beer"
+    words = ["data", "export", str(prepared), str(prefix)]
+    prefix.parent.mkdir()
+    for name in ("train.bin", "train.idx", "val.bin", "val.idx"):
+        taken = Path(f"{prefix}-{name}")
+        taken.write_bytes(b"theirs")
+        assert main(words) == 2
+        assert f"{taken}: exists" in capsys.readouterr().err
+        assert list(prefix.parent.iterdir()) == [taken] and taken.read_bytes() == b"theirs"
+        taken.unlink()
+    # Folders stand where the second file, and then the second split, are first written.
+    for name in ("train.idx", "val.bin"):
+        blocked = Path(f"{prefix}-{name}.part")
+        blocked.mkdir()
+        assert main(words) == 2
+        assert "cannot be written" in capsys.readouterr().err
+        assert list(prefix.parent.iterdir()) == [blocked]
+        blocked.rmdir()
+
+    def documents():
+        yield [1]
+        # Only the index's place is taken while the ids are written: its rename fails, after that of the ids.
+        Path(f"{prefix}.idx").mkdir()
+
+    with pytest.raises(UserError, match="cannot be written"):
+        write_indexed(prefix, documents(), 300)
+    assert [path.name for path in prefix.parent.iterdir()] == ["beer.idx"]
+    assert main(words) == 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_files_are_known_again_by_their_index_and_blocks_of_the_ids(tmp_path, monkeypatch):
+    """More than 66 blocks, small ones here, so that not all is read."""
+    prefix, size, block = tmp_path / "large", 8192, 64
+    monkeypatch.setattr(indexed_corpus, "_BLOCK_BYTES", block)
+    ids = np.full(size // 2, ord("a"), dtype="<u2")
+    ids[::7] = ord("b")
+    write_indexed(prefix, [ids], 300)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    def prepared_for(progress: bool = False) -> tuple[Path, str]:
+        """The folder, and what was shown."""
+        folder = prepare(DataConfig(corpus=str(prefix), tokenizer="bytes", dir=str(tmp_path)), progress)
+        shown = terminal.getvalue()
+        terminal.truncate(0)
+        return folder, shown
+
+    def change(place: int) -> None:
+        with Path(f"{prefix}.bin").open("r+b") as file:
+            file.seek(place)
+            file.write(b"c\0")
+
+    first, shown = prepared_for(progress=True)
+    assert "reading large, train" in shown
+    assert prepared_for(progress=True) == (first, "")
+    change(block)
+    assert prepared_for()[0] == first, "between the first block and the next"
+    known = {first}
+    for place in (0, block - 2, (size - block) // 65 // 2 * 2 + 2, (size - block) * 64 // 65 // 2 * 2 + 2, size - 2):
+        change(place)
+        folder, shown = prepared_for()
+        assert shown == ""
+        known.add(folder)
+    assert len(known) == 6
+    files = read_meta(first)["files"]["None"]
+    assert files["bin_bytes"] == size
+    assert files["idx_sha256"] == hashlib.sha256(Path(f"{prefix}.idx").read_bytes()).hexdigest()
