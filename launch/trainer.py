@@ -111,6 +111,9 @@ class Trainer:
         speaks = self.mesh.world.rank == 0
         if speaks:
             self.folder.prepare(config, self.tokenizer_files())
+            if progress.step < config.train.steps:
+                # It says that the run has ended: one that goes on and is stopped has to be known as stopped.
+                self.folder.summary.unlink(missing_ok=True)
         metrics = MetricsWriter(self.folder.path, config.log.tensorboard) if speaks else None
         if metrics is not None:
             if metrics.note:

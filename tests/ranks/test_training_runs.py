@@ -152,6 +152,22 @@ def test_terminated_run_saves_and_goes_on_bit_for_bit(made, uninterrupted):
     assert_same_account(config, uninterrupted)
 
 
+def test_a_finished_run_keeps_its_summary_unless_it_goes_on(made):
+    config = made(
+        parallel={"expert": 1}, train={"steps": 6, "eval_every": 0, "sample_tokens": 0}, checkpoint={"every": 0}
+    )
+    alone = sys.executable, "-m", "wastenot.launch.train", config
+    finish(launch(*alone))
+    finish(launch(*alone))
+    assert summary(config)["steps"] == 6
+    process = launch(*alone, "-s", "train.steps=100000")
+    while last_step(config) < 7 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by request" in finish(process)
+    assert not (log_dir(config) / "summary.json").exists()
+
+
 TERMINATED_WHILE_STARTING = """
 import os, signal, sys
 from unittest import mock
