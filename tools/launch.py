@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -193,15 +194,25 @@ def _submit_to_slurm(script: str) -> int:
     """0 where sbatch took the script; 1 where it also waited (SBATCH_WAIT is set) and the job failed."""
     if shutil.which("sbatch") is None:
         raise UserError("--submit: no sbatch on PATH; run this where Slurm is installed, or leave --submit out")
-    done = subprocess.run(["sbatch"], input=script, stderr=subprocess.PIPE, text=True)
-    said = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
-    if not done.returncode:
-        print("".join(f"sbatch: {line}\n" for line in said), end="", file=sys.stderr)
-        return 0
-    if not said:
-        print(f"error: the job ended with exit code {done.returncode}", file=sys.stderr)
-        return 1
-    raise UserError(f"--submit: sbatch refused the job: {'; '.join(said)}{_partitions(done.stderr)}")
+    submitted = False
+    with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+") as told:
+        given.write(script)
+        given.seek(0)
+        with subprocess.Popen(["sbatch"], stdin=given, stdout=subprocess.PIPE, stderr=told, text=True) as process:
+            assert process.stdout is not None
+            # At once: it names the job that sbatch then may wait for.
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                submitted |= line.startswith("Submitted batch job")
+        told.seek(0)
+        said = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in told.read().splitlines()]
+    if process.returncode and not submitted:
+        refusal = "; ".join(said)
+        raise UserError(f"--submit: sbatch refused the job: {refusal}{_partitions(refusal)}")
+    print("".join(f"sbatch: {line}\n" for line in said), end="", file=sys.stderr)
+    if process.returncode:
+        print(f"error: the job ended with exit code {process.returncode}", file=sys.stderr)
+    return int(process.returncode != 0)
 
 
 def _partitions(refusal: str) -> str:

@@ -92,3 +92,28 @@ def test_what_does_not_fit_is_refused_in_one_line(arguments, message, capsys, mo
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.startswith("error: ")
     assert captured.out == ""
+
+
+NOTICE = "This cluster rests on Sunday."
+
+
+@pytest.mark.parametrize(
+    ("submitted", "code", "expected", "last_line"),
+    [
+        ("Submitted batch job 7", 0, 0, f"sbatch: {NOTICE}"),
+        ("Submitted batch job 7", 3, 1, "error: the job ended with exit code 3"),
+        ("", 1, 2, f"error: --submit: sbatch refused the job: {NOTICE}"),
+    ],
+    ids=["accepted", "failed", "refused"],
+)
+def test_a_job_that_failed_is_not_one_that_sbatch_refused(
+    submitted, code, expected, last_line, tmp_path, monkeypatch, capfd
+):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\nread line\necho 'sbatch: {NOTICE}' >&2\nprintf '{submitted}'\nexit {code}\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert main(["launch", "slurm", "quickstart", "--nodes", "2", "--submit"]) == expected
+    captured = capfd.readouterr()
+    assert captured.out == submitted
+    assert NOTICE in captured.err and captured.err.splitlines()[-1] == last_line
