@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -16,14 +17,19 @@ ADDRESS = "10.78.0.{}"
 _ENTER = "nsenter --net=/run/netns/{} unshare --uts --mount"
 
 
+class UnavailableError(OSError):
+    """This machine lacks what hosts are made of, or refuses it."""
+
+
 @contextlib.contextmanager
 def namespace_hosts(count: int) -> Iterator[str]:
-    """Prefix of the namespaces PREFIX1, …, PREFIX`count`, which a bridge connects. Raises OSError where they cannot be.
+    """Prefix of the namespaces PREFIX1, …, PREFIX`count`, which a bridge connects. Raises UnavailableError.
 
     Each also carries one and the same address on a `docker0`, as container hosts do: it answers, and leads nowhere.
     """
     if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("nsenter")):
-        raise OSError("network namespaces need root, ip and nsenter")
+        raise UnavailableError("network namespaces need root, ip and nsenter")
+    _delete_those_of_the_dead()
     prefix = f"wn{os.getpid()}h"
     numbers = range(1, count + 1)
     try:
@@ -47,10 +53,18 @@ def namespace_hosts(count: int) -> Iterator[str]:
             subprocess.run(["ip", "netns", "del", f"{prefix}{number}"], capture_output=True)
 
 
+def _delete_those_of_the_dead() -> None:
+    """Deletes the namespaces of processes that were killed before they could."""
+    for file in Path("/run/netns").glob("wn*"):
+        owner = re.fullmatch(r"wn(\d+)h\d+", file.name)
+        if owner is not None and not Path(f"/proc/{owner[1]}").exists():
+            subprocess.run(["ip", "netns", "del", file.name], capture_output=True)
+
+
 def _ip(command: str) -> None:
     done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
     if done.returncode:
-        raise OSError(f"this system refuses network namespaces: ip {command}: {done.stderr.strip()}")
+        raise UnavailableError(f"this system refuses network namespaces: ip {command}: {done.stderr.strip()}")
 
 
 def write_names(prefix: str, count: int, file: Path) -> Path:
