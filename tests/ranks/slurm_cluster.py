@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from namespaces import ADDRESS, namespace_hosts, on_host, write_names
+from namespaces import ADDRESS, UnavailableError, namespace_hosts, on_host, write_names
 
-DAEMONS = ("munged", "slurmctld", "slurmd")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 START_SECONDS = 60.0
 NODES, HEAD = (1, 2), 3
 
@@ -69,16 +69,20 @@ class Cluster:
 
 
 def missing() -> list[str]:
-    """Daemons that are not installed."""
+    """Programs that are not installed."""
     folders = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    return [name for name in DAEMONS if shutil.which(name, path=folders) is None]
+    return [name for name in PROGRAMS if shutil.which(name, path=folders) is None]
 
 
 @contextlib.contextmanager
 def slurm_cluster(folder: Path) -> Iterator[Cluster]:
-    """Starts a cluster whose files are in `folder`, and stops it. Raises OSError where that cannot be done here."""
+    """Starts a cluster whose files are in `folder`, and stops it.
+
+    Raises UnavailableError where this machine lacks or refuses what it takes, RuntimeError where the daemons do not
+    come up.
+    """
     if missing():
-        raise OSError(f"no {', '.join(missing())}: apt-get install --no-install-recommends slurm-wlm munge")
+        raise UnavailableError(f"no {', '.join(missing())}: apt-get install --no-install-recommends slurm-wlm munge")
     with namespace_hosts(HEAD) as prefix, contextlib.ExitStack() as daemons:
         cluster = Cluster(prefix, folder)
         _write_files(cluster)
@@ -131,7 +135,7 @@ def _await(cluster: Cluster, there) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not there():
         if time.monotonic() > deadline:
-            raise OSError(f"Slurm does not start here: {(cluster.folder / 'daemons.log').read_text()}")
+            raise RuntimeError(f"Slurm does not start here: {(cluster.folder / 'daemons.log').read_text()}")
         time.sleep(0.2)
 
 
@@ -149,5 +153,5 @@ if __name__ == "__main__":
         try:
             with slurm_cluster(Path(temporary)) as started:
                 sys.exit(subprocess.run(started.command(HEAD, f"SBATCH_WAIT=1 {shlex.join(sys.argv[1:])}")).returncode)
-        except OSError as error:
+        except (UnavailableError, RuntimeError) as error:
             sys.exit(f"error: {error}")

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import slurm_cluster
+from namespaces import UnavailableError
 from real_runs import log_dir, losses, summary
-from slurm_cluster import HEAD, Cluster, slurm_cluster
+from slurm_cluster import HEAD, Cluster
 
 from wastenot.tools.cli import main
 
 CLI = [sys.executable, "-m", "wastenot.tools.cli", "launch"]
 
 
+@contextlib.contextmanager
+def cluster_in(folder: Path) -> Iterator[Cluster]:
+    """A cluster; skips the test where this machine cannot play one."""
+    try:
+        with slurm_cluster.slurm_cluster(folder) as started:
+            yield started
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+# First: while `cluster` is there, this process cannot have another.
+def test_installed_daemons_that_do_not_come_up_are_no_reason_to_skip(tmp_path, monkeypatch):
+    broken = tmp_path / "munged"
+    broken.write_text("#!/bin/sh\necho this munged is broken\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(slurm_cluster, "START_SECONDS", 1.0)
+    with pytest.raises(RuntimeError, match="Slurm does not start here: this munged is broken"), cluster_in(tmp_path):
+        pass
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    try:
-        with slurm_cluster(tmp_path_factory.mktemp("slurm")) as started:
-            yield started
-    except OSError as error:
-        pytest.skip(str(error))
+    with cluster_in(tmp_path_factory.mktemp("slurm")) as started:
+        yield started
 
 
 def on_head(cluster: Cluster, *words: str) -> subprocess.CompletedProcess:
