@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Placement
 from ...kernels.backend import Backend
 from .factored import FactoredStep, Matrices
 from .factors import as_matrices, is_stack, matrix_size, new_factors, placements_of, wide
-from .finite import are_too_large
+from .finite import are_too_large, not_finite
 from .full import step_full
 from .momentum import Momentum, new_momentum
 from .rank import is_factored, max_rank
@@ -338,11 +338,7 @@ class Adapprox(torch.optim.Optimizer):
         if self.nonfinite == "skip":
             return False
         names = [self._name(present[i][0]) for i, value in enumerate(bad[1:].tolist()) if value]
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        raise FloatingPointError(
-            f"NaN or infinite gradient of {shown or 'a parameter on another rank'}; nothing was stepped. Lower the "
-            f"learning rate, or leave such steps out by nonfinite='skip'"
-        )
+        raise not_finite(names, " nothing was stepped;")
 
     def _warn(self, matrices: Matrices, group: dict[str, Any]) -> None:
         """Says once per parameter that the largest rank is too small for it, when V is the average of many squares."""

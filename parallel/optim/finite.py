@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,3 +28,16 @@ def are_too_large(grads: list[Tensor], device: torch.device) -> Tensor:
         # What is infinite in its own dtype stays so.
         return (~torch.stack([nothing, *(top.square() for top in tops)]).isfinite()).float()
     return (~torch.stack([torch.zeros_like(tops[0]) if tops else nothing, *tops]).square().isfinite()).float()
+
+
+def not_finite(names: Sequence[str], done: str = "") -> FloatingPointError:
+    """The error that names these parameters, and what was `done`; without names they are another rank's."""
+    return FloatingPointError(
+        f"NaN or infinite gradient of {few(names) or 'a parameter on another rank'};{done} lower the learning rate, or "
+        f"leave such steps out by nonfinite='skip'"
+    )
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

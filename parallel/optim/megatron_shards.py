@@ -18,10 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .adapprox import Adapprox
+from .finite import are_too_large, not_finite
 from .pieces import AdapproxOfPieces, Block, Loads, Parameter, Piece
 
 __all__ = ["put_adapprox"]
 
+_CUDA = torch.device("cuda")
 _OF_THE_CONFIG = ("lr", "betas", "eps", "weight_decay")
 
 
@@ -32,11 +34,12 @@ def put_adapprox(
     expert_group: dist.ProcessGroup | None = None,
     places: Mapping[str, int] | None = None,
     **options: Any,
-) -> list[torch.optim.Optimizer]:
+) -> list[Adapprox | AdapproxOfPieces]:
     """Lets `optimizer` step by Adapprox; collective over all ranks.
 
     Returns the optimizers that step now: one, or one of dense parameters and one of experts. Learning rates, decay of
-    weights and both betas stay those of Megatron's configuration and its schedules.
+    weights and both betas stay those of Megatron's configuration and its schedules. Before any of them steps all ranks
+    agree that gradients are finite: a step is made by all or by none, and one left out is Megatron's unsuccessful step.
 
     Args:
         optimizer: what get_megatron_optimizer returns, before its first step.
@@ -55,7 +58,7 @@ def put_adapprox(
     if missing := [name for name in names.values() if name not in known]:
         raise ValueError(f"places lack {missing[0]}; give every parameter of the model one")
     of_all = {p: Parameter(name, tuple(p.shape), known[name]) for p, name in names.items()}
-    found: list[torch.optim.Optimizer] = []
+    found: list[Adapprox | AdapproxOfPieces] = []
     loads: Loads = {}
     for each in getattr(optimizer, "chained_optimizers", [optimizer]):
         if each.is_stub_optimizer:
@@ -67,6 +70,8 @@ def put_adapprox(
         each.optimizer = made
         _keep_whole_state(each)
         found.append(made)
+    # Megatron's device is CUDA's also where a stage has no parameters.
+    _check_gradients(optimizer, found, options.get("nonfinite", "raise"), next((p.device for p in names), _CUDA))
     return found
 
 
@@ -125,6 +130,41 @@ def _of_pieces(each: Any, of_all: dict[Tensor, Parameter], options: dict[str, An
         device = each.buffers[0].grad_data.device
         blocks.append(Block(group, parameters, pieces, ranks, device, expert_group=options["expert_group"]))
     return AdapproxOfPieces(adapprox, blocks, agree=ranks, loads=loads)
+
+
+def _check_gradients(
+    optimizer: Any, found: Sequence[Adapprox | AdapproxOfPieces], nonfinite: str, device: torch.device
+) -> None:
+    """Lets the last thing that `optimizer` does before it clips and steps be a check of all gradients on all ranks."""
+    prepare = optimizer.prepare_grads
+
+    @torch.no_grad()
+    def prepare_grads() -> bool:
+        # Of scaled losses, which the scaler has answered.
+        overflow = prepare()
+        present = [pair for made in found for pair in _gradients(made)]
+        bad = are_too_large([grad for _, grad in present], device)
+        told = torch.stack([torch.full_like(bad[0], float(overflow)), bad.amax()])
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        overflow, wrong = map(bool, told.tolist())
+        if overflow or not wrong:
+            return overflow
+        if nonfinite == "raise":
+            names = [name for (name, _), value in zip(present, bad[1:].tolist(), strict=True) if value]
+            raise not_finite(names, " nothing was stepped;")
+        for made in found:
+            made.skipped_steps += 1
+        return True
+
+    optimizer.prepare_grads = prepare_grads
+
+
+def _gradients(made: Adapprox | AdapproxOfPieces) -> list[tuple[str, Tensor]]:
+    if isinstance(made, AdapproxOfPieces):
+        return made.gradients()
+    groups = [group for group in made.param_groups if group["params"]]
+    pairs = [pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True)]
+    return [(name, parameter.grad) for name, parameter in pairs if parameter.grad is not None]
 
 
 def _keep_whole_state(each: Any) -> None:

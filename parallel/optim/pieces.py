@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .adapprox import Adapprox, check_state
-from .finite import are_too_large
+from .finite import are_too_large, few, not_finite
 from .report import ParameterReport
 
 __all__ = ["AdapproxOfPieces", "Block", "Parameter", "Piece"]
@@ -102,7 +102,8 @@ class AdapproxOfPieces(torch.optim.Optimizer):
         Args:
             adapprox: the optimizer of the whole parameters, unused so far: its options count.
             blocks: all that is ever stepped, in the same order on all ranks.
-            agree: ranks that step at once and leave a step out together; all of them by default.
+            agree: ranks that step at once and leave a step out together, they and the expert groups of what is
+                stepped; all of them by default.
             loads: numbers that ranks own elsewhere, so that they get less; what they own here is added.
             limit: weights that one rank puts together at once; one parameter at least.
 
@@ -168,7 +169,7 @@ class AdapproxOfPieces(torch.optim.Optimizer):
         for group, saved in zip(groups, saved_groups, strict=False):
             if group["params"] != saved["params"]:
                 raise ValueError(
-                    f"the state is of parameters {_few(saved['param_names'])}, these are {_few(group['param_names'])}"
+                    f"the state is of parameters {few(saved['param_names'])}, these are {few(group['param_names'])}"
                 )
         missing = [place for place, _ in self._owned() if place not in state_dict["owned"]]
         if missing or len(groups) != len(saved_groups):
@@ -187,24 +188,27 @@ class AdapproxOfPieces(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             group.update({key: value for key, value in saved.items() if key not in _NOT_OPTIONS})
 
+    def gradients(self) -> list[tuple[str, Tensor]]:
+        """Of this rank's pieces, each with its parameter's name."""
+        return _gradients(self.blocks)
+
     def _owned(self) -> list[tuple[int, Tensor]]:
         return [pair for block in self.blocks for pair in block.owned]
 
     def _gradients_are_finite(self, blocks: list[_OwnedBlock]) -> bool:
-        present = [(owned.block.parameters[p.parameter].name, p) for owned in blocks for p in owned.block.pieces]
+        present = _gradients(blocks)
         device = blocks[0].block.device if blocks else self.blocks[0].block.device
-        bad = are_too_large([piece.gradient for _, piece in present], device)
+        bad = are_too_large([grad for _, grad in present], device)
         wrong = bad.amax()
-        dist.all_reduce(wrong, op=dist.ReduceOp.MAX, group=self.agree)
+        # Ranks that share stacks search for their ranks together, so they may not part either.
+        experts = dict.fromkeys(owned.block.expert_group for owned in blocks if owned.block.expert_group is not None)
+        for group in (self.agree, *experts):
+            dist.all_reduce(wrong, op=dist.ReduceOp.MAX, group=group)
         if not wrong.item():
             return True
         if self.given.nonfinite == "skip":
             return False
-        names = [name for (name, _), value in zip(present, bad[1:].tolist(), strict=True) if value]
-        raise FloatingPointError(
-            f"NaN or infinite gradient of {_few(names) if names else 'a parameter on another rank'}; lower the "
-            f"learning rate, or leave such steps out by nonfinite='skip'"
-        )
+        raise not_finite([name for (name, _), value in zip(present, bad[1:].tolist(), strict=True) if value])
 
 
 @dataclass(frozen=True)
@@ -317,6 +321,10 @@ class _OwnedBlock:
         return got
 
 
+def _gradients(blocks: Sequence[_OwnedBlock]) -> list[tuple[str, Tensor]]:
+    return [(o.block.parameters[p.parameter].name, p.gradient) for o in blocks for p in o.block.pieces]
+
+
 _Range = tuple[int, int, int]
 """Number of a parameter in its block, start and stop."""
 
@@ -381,7 +389,3 @@ def _gathered(value: Any, group: dist.ProcessGroup) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, value, group=group)
     return found
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -193,6 +193,33 @@ def in_random_pieces(rank: int, world: int) -> Any:
             cut.made.step()
             assert cut.made.skipped_steps == 1
         assert torch.equal(cut.flat, before)
+    # What a rank shares stacks with, it searches for ranks with: at a NaN none goes on without the others.
+    alone = [dist.new_group([each]) for each in range(world)][rank]
+    for nonfinite in ("raise", "skip"):
+        start = torch.randn(3, 16, 20, generator=torch.Generator().manual_seed(rank))
+        stack, flat = nn.Parameter(start), nn.Parameter(start.flatten())
+        how: dict[str, Any] = {**OPTIONS, "rank_every": 1, "nonfinite": nonfinite}
+        plain = Adapprox([("stack", stack)], **how, expert_group=dist.group.WORLD)
+        given = Adapprox([("stack", stack)], **how)
+        given.param_groups[0]["params"] = [flat]
+        options, named, piece = given.param_groups[0], Parameter("stack", (3, 16, 20), 0), Piece(0, 0, 960, flat)
+        block = Block(options, [named], [piece], alone, torch.device("cpu"), flat, dist.group.WORLD)
+        made = AdapproxOfPieces(given, [block], agree=alone)
+        for step in range(4):
+            stack.grad = torch.randn(3, 16, 20)
+            if (rank, step) == (1, 2):
+                stack.grad[1, 2, 3] = math.nan
+            flat.grad = stack.grad.flatten()
+            for optimizer in plain, made:
+                if nonfinite == "raise" and step == 2:
+                    name = "stack" if rank == 1 else "a parameter on another rank"
+                    with pytest.raises(FloatingPointError, match=f"NaN or infinite gradient of {name};"):
+                        optimizer.step()
+                else:
+                    optimizer.step()
+        assert torch.equal(flat, stack.flatten())
+        assert made.state_dict()["state"][0]["step"] == 3
+        assert made.skipped_steps == plain.skipped_steps == (nonfinite == "skip")
     return found
 
 
@@ -381,41 +408,82 @@ def under_megatron(rank: int, world: int, path: str) -> Any:
 
     megatron_cpu_shim.install()
     with megatron_cpu_shim.devices_on_cpu():
-        return {name: in_megatron(rank, world, *how, f"{path}/{name}") for name, how in MEGATRON.items()}
+        found = {name: in_megatron(rank, world, *how, f"{path}/{name}") for name, how in MEGATRON.items()}
+        for distributed in False, True:
+            with_a_nan(rank, distributed)
+        return found
 
 
-def in_megatron(rank: int, world: int, distributed: bool, in_bf16: bool, path: str) -> Any:
-    from megatron.core import dist_checkpointing, parallel_state
+def start_megatron(distributed: bool, in_bf16: bool, **own: Any) -> Any:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from wastenot.parallel.optim.megatron_shards import put_adapprox
 
-    if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel()
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, bf16=in_bf16)
     dtype = torch.bfloat16 if in_bf16 else torch.float32
+    model = Mixture().to(dtype)
+    model.experts.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+    how = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
+    wrapped = DistributedDataParallel(config, how, model)
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=OPTIONS["lr"],
+        weight_decay=OPTIONS["weight_decay"],
+        adam_beta1=OPTIONS["betas"][0],
+        adam_beta2=OPTIONS["betas"][1],
+        clip_grad=0.0,
+        bf16=in_bf16,
+        params_dtype=dtype,
+        use_distributed_optimizer=distributed,
+    )
+    optimizer = get_megatron_optimizer(settings, [wrapped], config_overrides={})
+    options = {key: value for key, value in OPTIONS.items() if key not in {"lr", "betas", "weight_decay"}}
+    return wrapped, optimizer, put_adapprox(optimizer, [wrapped], **options | own)
 
-    def start() -> Any:
-        model = Mixture().to(dtype)
-        model.experts.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
-        how = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
-        wrapped = DistributedDataParallel(config, how, model)
-        settings = OptimizerConfig(
-            optimizer="adam",
-            lr=OPTIONS["lr"],
-            weight_decay=OPTIONS["weight_decay"],
-            adam_beta1=OPTIONS["betas"][0],
-            adam_beta2=OPTIONS["betas"][1],
-            clip_grad=0.0,
-            bf16=in_bf16,
-            params_dtype=dtype,
-            use_distributed_optimizer=distributed,
+
+def with_a_nan(rank: int, distributed: bool) -> None:
+    """In one expert of one rank of expert parallelism: no rank steps anything, and all go on together."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    experts = parallel_state.get_expert_model_parallel_group()
+    for nonfinite in ("raise", "skip"):
+        wrapped, optimizer, parts = start_megatron(
+            distributed, False, expert_group=experts, rank_every=1, nonfinite=nonfinite
         )
-        optimizer = get_megatron_optimizer(settings, [wrapped], config_overrides={})
-        own = {key: value for key, value in OPTIONS.items() if key not in {"lr", "betas", "weight_decay"}}
-        return wrapped, optimizer, put_adapprox(optimizer, [wrapped], **own)
+        assert len(parts) == 2
+        for step in range(5):
+            wrapped.zero_grad_buffer()
+            optimizer.zero_grad()
+            loss_of(wrapped, rank, step).backward()
+            wrapped.finish_grad_sync()
+            before = copy.deepcopy(wrapped.state_dict())
+            if step != 2:
+                assert optimizer.step()[0], step
+                continue
+            if rank == 1:
+                wrapped.module.experts.main_grad[1, 2, 3] = math.nan
+            if nonfinite == "raise":
+                name = "experts" if rank == 1 else "a parameter on another rank"
+                with pytest.raises(FloatingPointError, match=f"gradient of {name}; nothing was stepped"):
+                    optimizer.step()
+            else:
+                assert optimizer.step() == (False, None, None)
+            assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())
+        for part in parts:
+            assert part.skipped_steps == (nonfinite == "skip")
+            assert {each["step"].item() for each in part.state.values() if each} <= {4.0}
+
+
+def in_megatron(rank: int, world: int, distributed: bool, in_bf16: bool, path: str) -> Any:
+    from megatron.core import dist_checkpointing, parallel_state
+
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel()
+    dtype = torch.bfloat16 if in_bf16 else torch.float32
 
     def go_on(wrapped: Any, optimizer: Any, steps: range) -> list[float]:
         losses: list[float] = []
@@ -432,7 +500,7 @@ def in_megatron(rank: int, world: int, distributed: bool, in_bf16: bool, path: s
             losses.append(total.item())
         return losses
 
-    wrapped, optimizer, parts = start()
+    wrapped, optimizer, parts = start_megatron(distributed, in_bf16)
     losses = go_on(wrapped, optimizer, range(8))
     weights, state = copy.deepcopy(wrapped.state_dict()), copy.deepcopy(optimizer.state_dict())
     if rank == 0:
@@ -440,11 +508,11 @@ def in_megatron(rank: int, world: int, distributed: bool, in_bf16: bool, path: s
     dist.barrier()
     dist_checkpointing.save({"optimizer": optimizer.sharded_state_dict({})}, path)
     losses += go_on(wrapped, optimizer, range(8, STEPS))
-    again, restored, _ = start()
+    again, restored, _ = start_megatron(distributed, in_bf16)
     again.load_state_dict(weights)
     restored.load_state_dict(state)
     assert go_on(again, restored, range(8, STEPS)) == losses[8:], (distributed, in_bf16)
-    again, restored, _ = start()
+    again, restored, _ = start_megatron(distributed, in_bf16)
     again.load_state_dict(weights)
     wanted = {"optimizer": restored.sharded_state_dict({}, is_loading=True)}
     restored.load_state_dict(dist_checkpointing.load(wanted, path)["optimizer"])
