@@ -33,10 +33,13 @@ def from_deepspeed(source: Path, target: Path, step: int | None = None) -> dict[
     )
     model = blank_decoder(config, single("cpu"), config.router)
     try:
+        checkpoints.refuse_missing(checkpoint, saved)
         model.load_state_dict(checkpoints.weights(checkpoint, saved["zero"]))
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{checkpoint} cannot be read: {error}") from error
-    tokenizer = load_tokenizer(RunFolder(checkpoint.parent.parent).tokenizer)
+    except UserError:
+        raise
+    except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint} cannot be read: {checkpoints.one_line(error)}") from error
+    tokenizer = load_tokenizer(RunFolder(checkpoint.resolve().parent.parent).tokenizer)
     write_run(config, model, tokenizer, str(checkpoint), saved["layout"])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"target": str(target), "family": "from DeepSpeed", "parameters": parameters}

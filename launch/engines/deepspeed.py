@@ -25,7 +25,8 @@ from ..errors import UserError
 from ..evaluate import Evaluation
 from ..optimizer import make_optimizer
 from ..optimizer_config import refuse_state_of_others
-from ..run_folder import write_atomically
+from ..run_folder import differences, write_atomically
+from ..settings import as_mapping
 from ..step import MicroBatch, Stepper, StepResult
 from . import deepspeed_checkpoints as checkpoints
 from .decoder import count_parameters, evaluate_decoder, generate_from, new_decoder
@@ -53,6 +54,7 @@ class DeepSpeedEngine:
         self._sizes = [(name in experts, p.numel()) for name, p in self.decoder.named_parameters()]
         self.optimizer = make_optimizer(self.decoder, config.optimizer)
         zero, said = config.deepspeed.zero, merged(config, mesh.world.size)
+        self._sharing: dict[str, Any] = said["zero_optimization"]
         module = ours.Learning(self.decoder, lambda tokens_BS: self.stepper.forward(tokens_BS))
         if zero and mesh.expert.size > 1:
             ours.split_groups(self.optimizer, ours.group_name(mesh))
@@ -80,11 +82,13 @@ class DeepSpeedEngine:
             engine, *_ = deepspeed.initialize(
                 model=module, optimizer=self.optimizer, config=said, dist_init_required=False
             )
-        except (AssertionError, ValueError) as error:
-            if self.ground.config.deepspeed.json is None:
-                raise
+        except Exception as error:
             path = self.ground.config.deepspeed.json
-            raise UserError(f"deepspeed.json: DeepSpeed does not take what {path} adds: {error}") from error
+            if path is None or _of_the_machine(error):
+                raise
+            raise UserError(
+                f"deepspeed.json: DeepSpeed does not take what {path} adds: {checkpoints.one_line(error)}"
+            ) from error
         return engine
 
     def restore(self) -> Restored | None:
@@ -104,8 +108,10 @@ class DeepSpeedEngine:
             if path is None:
                 return None
             saved = checkpoints.read_meta(path)
-            checkpoints.refuse_other_layout(path, saved, mesh, config.deepspeed.zero)
+            checkpoints.refuse_other_layout(path, saved, mesh, config.deepspeed.zero, self._sharing)
+            _refuse_other_model(path, saved["config"], as_mapping(config))
             refuse_state_of_others(config.optimizer, saved["config"]["optimizer"], path)
+            checkpoints.prove(path, saved, mesh)
         except ValueError as error:
             raise UserError(str(error)) from error
         self._load(path)
@@ -117,9 +123,15 @@ class DeepSpeedEngine:
             {key: value for key, value in group.items() if key not in ("params", "param_names")}
             for group in optimizer.param_groups
         ]
-        loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
+        other = "name another checkpoint in checkpoint.resume"
+        try:
+            loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
+        except Exception as error:
+            if _of_the_machine(error):
+                raise
+            raise UserError(f"{path} cannot be loaded ({checkpoints.one_line(error)}); {other}") from error
         if loaded is None:
-            raise UserError(f"{path} is not whole; name another checkpoint of the run in checkpoint.resume")
+            raise UserError(f"{path} is not whole; {other}")
         # Decay and the like stay those of the configuration.
         for group, own in zip(optimizer.param_groups, said, strict=True):
             group.update(own)
@@ -138,7 +150,8 @@ class DeepSpeedEngine:
 
     def save(self, step: int, meta: Mapping[str, Any]) -> None:
         config, mesh = self.ground.config, self.ground.mesh
-        said = {"layout": mesh.layout, "zero": config.deepspeed.zero, **meta}
+        zero = {"zero": config.deepspeed.zero, "zero_optimization": self._sharing}
+        said = {"layout": mesh.layout, **zero, **meta}
         checkpoints.save(self.engine, self.ground.folder.checkpoints, step, said, mesh, config.checkpoint.keep)
 
     def wait(self) -> None:
@@ -175,6 +188,17 @@ class DeepSpeedStepper(Stepper):
 
     def _update(self) -> None:
         self.engine.step()
+
+
+def _refuse_other_model(path: Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    wrong = [each for key in ("model", "router") for each in differences(saved[key], here[key], f"{key}.")]
+    if wrong:
+        raise UserError(f"{path} is of another model ({'; '.join(wrong)}); use its own values, or another checkpoint")
+
+
+def _of_the_machine(error: Exception) -> bool:
+    """Whether `error` says nothing of what was read."""
+    return isinstance(error, (torch.OutOfMemoryError, dist.DistError))
 
 
 def _prepare(mesh: Mesh) -> bool:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -25,8 +27,13 @@ from ...parallel.manifest import FILE as OURS
 from ...parallel.mesh import Mesh
 from ..errors import UserError
 from ..run_folder import write_atomically
+from .deepspeed_json import changed_sharing
+
+_log = logging.getLogger(__name__)
 
 FILE = "wastenot.json"
+_SAYS = ("layout", "zero", "zero_optimization", "config", "progress", "files")
+"""What is in it."""
 _COMPLETE = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 _PARTIAL, _TRASH, _LATEST = ".partial-", ".trash-", "latest"
 _WHOLE, _DECODER = "mp_rank_00_model_states.pt", "decoder."
@@ -71,11 +78,15 @@ def find(path: Path, step: int | None = None) -> Path:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What `save` was given, with the `layout` and the `zero` stage; UserError where `path` is no checkpoint."""
+    """What `save` was given, and `files`: bytes by name. UserError where `path` is no checkpoint."""
     try:
-        return json.loads((path / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        saved = json.loads((path / FILE).read_text(encoding="utf-8"))
+        missing = [name for name in _SAYS if name not in saved]
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is no checkpoint of DeepSpeed that wastenot wrote ({error})") from error
+    if missing:
+        raise UserError(f"{path} is no checkpoint of DeepSpeed that wastenot wrote ({FILE} has no {missing[0]})")
+    return saved
 
 
 def clean(directory: Path) -> None:
@@ -91,7 +102,8 @@ def save(engine: Any, directory: Path, step: int, meta: Mapping[str, Any], mesh:
     engine.save_checkpoint(str(directory), tag=partial.name, client_state={"wastenot": dict(meta)}, save_latest=False)
 
     def publish() -> None:
-        write_atomically(partial / FILE, json.dumps(meta))
+        files = {file.name: file.stat().st_size for file in partial.iterdir()}
+        write_atomically(partial / FILE, json.dumps({**meta, "files": files}))
         for file in partial.iterdir():
             _to_disk(file)
         _to_disk(partial)
@@ -104,8 +116,12 @@ def save(engine: Any, directory: Path, step: int, meta: Mapping[str, Any], mesh:
         _to_disk(directory)
         for old in _by_age(directory)[keep:]:
             trash = directory / f"{_TRASH}{old.name}"
-            old.rename(trash)
-            shutil.rmtree(trash)
+            try:
+                old.rename(trash)
+                shutil.rmtree(trash)
+            except OSError as error:
+                # What was just written is good: this is no reason to stop.
+                _log.warning("old checkpoint %s could not be removed: %s", old, error)
 
     on_root(mesh, publish)
 
@@ -115,15 +131,51 @@ def on_root(mesh: Mesh, do: Any) -> Any:
     return consult(mesh.world.group, lambda: None, lambda answers: [do()] * len(answers), mesh.recorder)
 
 
-def refuse_other_layout(path: Path, saved: Mapping[str, Any], mesh: Mesh, zero: int) -> None:
-    """Raises UserError where DeepSpeed could not load the checkpoint at `path` here."""
+def refuse_other_layout(
+    path: Path, saved: Mapping[str, Any], mesh: Mesh, zero: int, sharing: Mapping[str, Any]
+) -> None:
+    """Raises UserError where DeepSpeed could not load the checkpoint at `path` here, or only into other places.
+
+    sharing: `zero_optimization` of this run's DeepSpeed JSON.
+    """
     before, here = {**saved["layout"], "zero": saved["zero"]}, {**mesh.layout, "zero": zero}
     wrong = [f"{name} {before[name]}, not {here[name]}" for name in here if before[name] != here[name]]
+    # Of another stage it differs anyway.
+    wrong = wrong or changed_sharing(saved["zero_optimization"], sharing)
     if wrong:
         raise UserError(
             f"{path} was saved with {', '.join(wrong)}: DeepSpeed resumes in the same layout; use that, or make it "
             "a run of ours: wastenot convert from-deepspeed"
         )
+
+
+def prove(path: Path, saved: Mapping[str, Any], mesh: Mesh) -> None:
+    """Raises ValueError on all ranks where files of the checkpoint at `path` are not whole, or hold more than data:
+    DeepSpeed would run code in them. Every rank reads some of them, one at a time.
+    """
+
+    def read_own() -> None:
+        refuse_missing(path, saved)
+        # Whatever lies there may be read by DeepSpeed.
+        for file in sorted(path.glob("*.pt"))[mesh.world.rank :: mesh.world.size]:
+            _read(file)
+
+    consult(mesh.world.group, read_own, lambda answers: answers, mesh.recorder)
+
+
+def refuse_missing(path: Path, saved: Mapping[str, Any]) -> None:
+    """Raises UserError where a file that was `saved` is missing, or not as long as it was."""
+    for name, size in saved["files"].items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes, not {size}"
+            raise UserError(f"{file} {state}; the checkpoint is not whole: use another one")
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def weights(path: Path, zero: int) -> dict[str, Tensor]:
@@ -164,9 +216,17 @@ def _assembled(path: Path) -> dict[str, Tensor]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What DeepSpeed pickled, on the host. Code in it is not run: of DeepSpeed's own objects nothing is made."""
-    with torch.serialization.safe_globals([(_Ignored, name) for name in _OF_DEEPSPEED]):
-        return torch.load(file, map_location="cpu", weights_only=True)
+    """What DeepSpeed pickled, on the host. Code in it is not run: of DeepSpeed's own objects nothing is made.
+
+    Raises UserError where there is anything else, OSError where there is no file.
+    """
+    try:
+        with torch.serialization.safe_globals([(_Ignored, name) for name in _OF_DEEPSPEED]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{file} holds code, or is damaged; it was not loaded") from error
+    except (EOFError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({one_line(error)})") from error
 
 
 def _by_age(directory: Path) -> list[Path]:

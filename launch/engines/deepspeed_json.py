@@ -40,11 +40,22 @@ _OTHERS = {
     "sequence_parallel_size": "no sequence is cut",
     "use_data_before_expert_parallelism": "experts are over neighbouring ranks",
     "load_universal_checkpoint": "a run goes on from its own checkpoints",
+    "amp.enabled": "precision is that of train.precision",
+    "elasticity.enabled": "the batch is that of train.batch",
+    "checkpoint.writer": "a checkpoint is published when its files are written",
+    "nebula.enabled": "a checkpoint is published when its files are written",
+    "datastates_ckpt": "a checkpoint is published when its files are written",
     "zero_optimization.offload_optimizer": "gradients are clipped where they are",
     "zero_optimization.offload_param": "gradients are clipped where they are",
+    "zero_optimization.cpu_offload": "gradients are clipped where they are",
+    "zero_optimization.cpu_offload_param": "gradients are clipped where they are",
+    "zero_optimization.mics_shard_size": "weights are shared by all ranks",
     "zero_optimization.zero_hpz_partition_size": "weights are shared by all ranks",
 }
-"""Entries that must not be there, and why."""
+"""Entries that must not be there (but as null, false or "auto"), and why."""
+
+_ANY_SIZE = ("reduce_bucket_size", "allgather_bucket_size")
+"""Of `zero_optimization`: what may change on resuming, as `parallel.bucket_bytes` may."""
 
 
 def generated(config: TrainConfig, ranks: int) -> dict[str, Any]:
@@ -100,15 +111,26 @@ def read(path: str) -> dict[str, Any]:
 
 def contradictions(said: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
     """What in `said` is not as the YAML has it, of what does not depend on the number of ranks."""
-    found = []
+    found, ours = [], dict(_entries(made))
     for path, value in _entries(said):
         if path in _DECIDED and path != "train_micro_batch_size_per_gpu" and value not in ("auto", _at(made, path)):
             wanted = json.dumps(_at(made, path))
             found.append(f"{path}: {json.dumps(value)} is not {wanted}, which {_DECIDED[path]} decides; leave it out")
-        for other, why in _OTHERS.items():
-            if path == other and value not in ("auto", None):
-                found.append(f"{path}: {why}; leave it out")
+        elif value != "auto" and path in ours and isinstance(value, Mapping) != isinstance(ours[path], Mapping):
+            wanted = "an object" if isinstance(ours[path], Mapping) else json.dumps(ours[path])
+            found.append(f"{path}: {json.dumps(value)} cannot stand there; give {wanted}, or leave it out")
+        if path in _OTHERS and value not in ("auto", None, False):
+            found.append(f"{path}: {_OTHERS[path]}; leave it out")
     return found
+
+
+def changed_sharing(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Which entries of `zero_optimization` differ, `name value, not value`, of those that may decide which part of
+    a weight is where in a checkpoint."""
+    names = [name for name in {**before, **here} if name not in _ANY_SIZE and before.get(name) != here.get(name)]
+    return [
+        f"zero_optimization.{name} {json.dumps(before.get(name))}, not {json.dumps(here.get(name))}" for name in names
+    ]
 
 
 def _sizes(said: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:

@@ -36,13 +36,14 @@ def test_sizes_follow_from_the_yaml():
 def test_a_file_of_the_users_goes_over_it_entry_by_entry(tmp_path):
     said = {
         "train_batch_size": "auto",
-        "zero_optimization": {"stage": 2, "overlap_comm": True},
+        "zero_optimization": {"stage": 2, "overlap_comm": True, "cpu_offload": False},
+        "bf16": "auto",
         "wall_clock_breakdown": True,
     }
     made = merged(config(said, tmp_path), 2)
     assert made == merged(config(), 2) | {
         "wall_clock_breakdown": True,
-        "zero_optimization": merged(config(), 2)["zero_optimization"] | {"overlap_comm": True},
+        "zero_optimization": merged(config(), 2)["zero_optimization"] | {"overlap_comm": True, "cpu_offload": False},
     }
 
 
@@ -55,6 +56,18 @@ def test_a_file_of_the_users_goes_over_it_entry_by_entry(tmp_path):
         ({"bf16": {"enabled": True}}, "bf16.enabled: true is not false, which train.precision decides"),
         ({"optimizer": {"type": "Adam"}}, "optimizer: the optimizer is that of optimizer.name; leave it out"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer: gradients are clipped"),
+        ({"zero_optimization": True}, "zero_optimization: true cannot stand there; give an object, or leave it out"),
+        ({"zero_optimization": None}, "zero_optimization: null cannot stand there"),
+        ({"bf16": "on"}, 'bf16: "on" cannot stand there'),
+        (
+            {"zero_allow_untested_optimizer": {"a": 1}},
+            'zero_allow_untested_optimizer: {"a": 1} cannot stand there; give true',
+        ),
+        ({"zero_optimization": {"cpu_offload": True}}, "zero_optimization.cpu_offload: gradients are clipped where"),
+        ({"zero_optimization": {"mics_shard_size": 2}}, "mics_shard_size: weights are shared by all ranks"),
+        ({"checkpoint": {"writer": {"type": "fast"}}}, "checkpoint.writer: a checkpoint is published when its files"),
+        ({"amp": {"enabled": True}}, "amp.enabled: precision is that of train.precision"),
+        ({"elasticity": {"enabled": True}}, "elasticity.enabled: the batch is that of train.batch"),
         ("{", "cannot be read"),
         ([], "holds no JSON object"),
     ],
