@@ -122,7 +122,7 @@ class CheckpointConfig:
     keep: int = 2
     """Newest complete checkpoints that stay."""
     asynchronous: bool = True
-    """Write while training goes on; the copy that is written is taken before the next step (not engine: deepspeed)."""
+    """Write while training goes on, a copy taken before the next step (native and megatron engines)."""
     resume: str = "auto"
     """`auto` continues from the newest complete checkpoint in log.dir, `never` refuses a used log.dir, or a path."""
 

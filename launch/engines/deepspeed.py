@@ -112,7 +112,7 @@ class DeepSpeedEngine:
             _refuse_other_model(path, saved["config"], as_mapping(config))
             refuse_state_of_others(config.optimizer, saved["config"]["optimizer"], path)
             checkpoints.prove(path, saved, mesh)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
         self._load(path)
         return Restored(path, saved, path.parent == own)
@@ -191,7 +191,7 @@ class DeepSpeedStepper(Stepper):
 
 
 def _refuse_other_model(path: Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    wrong = [each for key in ("model", "router") for each in differences(saved[key], here[key], f"{key}.")]
+    wrong = [each for key in ("model", "router") for each in differences(saved.get(key, {}), here[key], f"{key}.")]
     if wrong:
         raise UserError(f"{path} is of another model ({'; '.join(wrong)}); use its own values, or another checkpoint")
 
