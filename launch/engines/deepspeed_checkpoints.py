@@ -40,8 +40,12 @@ _WHOLE, _DECODER = "mp_rank_00_model_states.pt", "decoder."
 _EXPERT = re.compile(r"expert_layers\.([^.]+)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(\w+)")
 
 
-_OF_DEEPSPEED = ("deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.runtime.fp16.loss_scaler.LossScaler")
-"""What it pickles beside tensors."""
+_OF_DEEPSPEED = (
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+"""What it pickles beside tensors: making one runs nothing else."""
 
 
 class _Ignored:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,8 +119,11 @@ def run(made):
 
 
 @pytest.fixture(scope="module")
-def trained(run) -> dict[str, tuple[Path, list[dict[str, Tensor]]]]:
+def trained(run, tmp_path_factory) -> dict[str, tuple[Path, list[dict[str, Tensor]]]]:
     """Runs by name, and each rank's weights at their ends."""
+    # Without it ZeRO 3 would never release weights as small as these.
+    released = tmp_path_factory.mktemp("json") / "released.json"
+    released.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
     more = {"train": {"accumulate": 2}, "router": {"bias_update": 1e-3}}
     # Buckets of 4096 numbers: some weights share one, some are larger.
     buckets, copied = {"bucket_bytes": 16384}, {"expert": 1, "data": 2}
@@ -130,14 +134,14 @@ def trained(run) -> dict[str, tuple[Path, list[dict[str, Tensor]]]]:
     four = {"native": run(**spread), **{f"zero {zero}": run(zero, **spread) for zero in (0, 1, 2)}}
     two = {
         "native, tied": run(**tied),
-        "zero 3": run(3, **tied),
+        "zero 3": run(3, str(released), **tied),
         "native, bf16": run(**bf16),
         "zero 1, bf16": run(1, **bf16),
         "zero 1, bf16, recomputed": run(1, recompute={"mode": "full"}, **bf16),
         "native, adapprox": run(**adapprox),
         **{f"zero {zero}, adapprox": run(zero, **adapprox) for zero in (0, 1, 2)},
         "native, copied adapprox": run(parallel=copied, **adapprox),
-        "zero 3, adapprox": run(3, parallel=copied, **adapprox),
+        "zero 3, adapprox": run(3, str(released), parallel=copied, **adapprox),
     }
     found = {}
     for world, runs, names in ((4, four, RESUMED[:2]), (2, two, RESUMED[2:])):
@@ -184,10 +188,13 @@ def test_what_blocks_compute_again_changes_no_bit(trained):
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_a_converted_run_has_the_weights_that_trained_bit_for_bit(trained, zero, tmp_path, capsys):
+def test_a_converted_run_has_the_weights_that_trained_bit_for_bit(trained, zero, tmp_path, capsys, monkeypatch):
     path, (first, second, *_) = trained[f"zero {zero}"]
     target = tmp_path / "converted"
-    assert main(["convert", "from-deepspeed", str(log_dir(path)), str(target)]) == 0
+    # The run, or one of its checkpoints from where they are.
+    monkeypatch.chdir(log_dir(path) / "checkpoints")
+    source = str(log_dir(path)) if zero == 0 else "step-00000008"
+    assert main(["convert", "from-deepspeed", source, str(target)]) == 0
     assert "deepspeed" not in sys.modules, "a machine without it can read them"
     found = open_run(target).model.state_dict()
     assert found.keys() == first.keys()
@@ -222,7 +229,7 @@ def test_a_rank_alone_trains_and_the_console_is_ours(run):
 
 
 def test_what_cannot_be_is_one_line(trained, run, tmp_path, capsys):
-    theirs, ours = (log_dir(trained[name][0]) for name in ("zero 1", "native"))
+    theirs = log_dir(trained["zero 1"][0])
 
     def refused(path: Path, *words: str) -> None:
         assert main(["train", str(path)]) == 2
@@ -240,7 +247,74 @@ def test_what_cannot_be_is_one_line(trained, run, tmp_path, capsys):
     )
     alone = {"parallel": {"expert": 1, "data": 1}}
     refused(run(checkpoint={"resume": str(theirs)}, **alone), f"wastenot convert from-deepspeed {theirs} NEW")
-    runs = [run(2, checkpoint={"resume": str(theirs)}), run(1, checkpoint={"resume": str(ours)})]
-    [(other_layout, native), _] = run_ranks(2, refusals, runs)
-    assert "world 4, not 2, data 4, not 2, zero 1, not 2: DeepSpeed resumes in the same layout" in other_layout
-    assert f"{ours} holds checkpoints of engine: native, not of DeepSpeed" in native
+
+
+class Planted:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_what_a_run_cannot_go_on_from_is_one_line(trained, run, tmp_path, capsys):
+    four, native, source = (log_dir(trained[name][0]) for name in ("zero 1", "native", "zero 1, bf16"))
+    name, ran, copies = "zero_pp_rank_1_mp_rank_00_optim_states.pt", tmp_path / "ran", {}
+    for what in ("planted", "damaged", "short", "missing", "headless"):
+        copies[what] = shutil.copytree(source / "checkpoints" / "step-00000008", tmp_path / what)
+        (file,) = (each for each in copies[what].glob("*optim_states.pt") if each.name.endswith(name))
+        if what == "planted":
+            torch.save({"optimizer_state_dict": Planted(ran)}, file)
+        elif what == "damaged":
+            file.write_bytes(b"\0" * file.stat().st_size)
+        elif what == "short":
+            file.write_bytes(file.read_bytes()[:-100])
+        elif what == "missing":
+            file.unlink()
+        about = json.loads((copies[what] / "wastenot.json").read_text())
+        if what == "planted":
+            about["files"][file.name] = file.stat().st_size
+        elif what == "headless":
+            del about["files"]
+        (copies[what] / "wastenot.json").write_text(json.dumps(about))
+
+    def resuming(path: Path, theirs: object = None, **changes: Any) -> Path:
+        file = None
+        if theirs is not None:
+            file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+            file.write_text(json.dumps(theirs))
+        return run(1, file and str(file), checkpoint={"resume": str(path)}, train={"precision": "bf16"}, **changes)
+
+    cases = {
+        run(2, checkpoint={"resume": str(four)}): "world 4, not 2, data 4, not 2, zero 1, not 2: DeepSpeed resumes in",
+        run(1, checkpoint={"resume": str(native)}): f"{native} holds checkpoints of engine: native, not of DeepSpeed",
+        resuming(source, {"zero_optimization": {"round_robin_gradients": True}}): (
+            "saved with zero_optimization.round_robin_gradients null, not true: DeepSpeed resumes in the same layout"
+        ),
+        resuming(source, {"zero_optimization": {"overlap_comm": "perhaps"}}): "DeepSpeed does not take what",
+        resuming(source, model={"layers": 3}): "is of another model (model.layers: 2 -> 3)",
+        resuming(source, router={"jitter": 0.0}): "router.jitter: 0.05 -> 0.0",
+        resuming(copies["planted"]): "holds code, or is damaged; it was not loaded",
+        resuming(copies["damaged"]): "holds code, or is damaged; it was not loaded",
+        resuming(copies["short"]): "the checkpoint is not whole",
+        resuming(copies["missing"]): f"{name} is missing; the checkpoint is not whole",
+        resuming(copies["headless"]): "wastenot.json has no files",
+    }
+    for said in run_ranks(2, refusals, list(cases), timeout=120):
+        for line, words in zip(said, cases.values(), strict=True):
+            assert words in line
+            assert "\n" not in line
+    for what in ("short", "missing", "headless"):
+        assert main(["convert", "from-deepspeed", str(copies[what]), str(tmp_path / "new")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    weights = copies["planted"] / "mp_rank_00_model_states.pt"
+    for content in ({"module": Planted(ran)}, {"module": {}}, [1]):
+        torch.save(content, weights)
+        about = json.loads((copies["planted"] / "wastenot.json").read_text())
+        about["files"][weights.name] = weights.stat().st_size
+        (copies["planted"] / "wastenot.json").write_text(json.dumps(about))
+        assert main(["convert", "from-deepspeed", str(copies["planted"]), str(tmp_path / "new")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not ran.exists()
