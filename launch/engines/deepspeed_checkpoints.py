@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -118,16 +117,21 @@ def save(engine: Any, directory: Path, step: int, meta: Mapping[str, Any], mesh:
         partial.rename(path)
         write_atomically(directory / _LATEST, path.name)
         _to_disk(directory)
-        for old in _by_age(directory)[keep:]:
-            trash = directory / f"{_TRASH}{old.name}"
-            try:
-                old.rename(trash)
-                shutil.rmtree(trash)
-            except OSError as error:
-                # What was just written is good: this is no reason to stop.
-                _log.warning("old checkpoint %s could not be removed: %s", old, error)
+        prune(directory, keep)
 
     on_root(mesh, publish)
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Leaves the newest `keep` checkpoints of `directory`; warns of those that cannot be removed."""
+    for old in _by_age(directory)[keep:]:
+        trash = directory / f"{_TRASH}{old.name}"
+        try:
+            old.rename(trash)
+            shutil.rmtree(trash)
+        except OSError as error:
+            # What was just written is good: this is no reason to stop.
+            _log.warning("old checkpoint %s could not be removed: %s", old, error)
 
 
 def on_root(mesh: Mesh, do: Any) -> Any:
@@ -227,10 +231,11 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([(_Ignored, name) for name in _OF_DEEPSPEED]):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except OSError:
+        raise
+    except Exception as error:
+        # torch's own words are of how to run that code.
         raise UserError(f"{file} holds code, or is damaged; it was not loaded") from error
-    except (EOFError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({one_line(error)})") from error
 
 
 def _by_age(directory: Path) -> list[Path]:
