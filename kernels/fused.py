@@ -65,8 +65,9 @@ def fused_clip(device: torch.device) -> Fused[Clip]:
 
 
 def apex_takes(parameters: Iterable[Tensor]) -> bool:
-    """Whether apex's Adam can train these: no DTensors, no fp64."""
-    return all(type(p) in (Tensor, torch.nn.Parameter) and p.dtype in _FLOATS for p in parameters)
+    """Whether apex's Adam can train these: no DTensors, no fp64, none that is empty (see `_apex_clip`)."""
+    plain = (Tensor, torch.nn.Parameter)
+    return all(type(p) in plain and p.dtype in _FLOATS and p.numel() > 0 for p in parameters)
 
 
 def _choose(device: torch.device, apex: Callable[[], tuple[T, str]], torchs: T, name: str) -> Fused[T]:
@@ -159,18 +160,27 @@ def _apex_clip() -> tuple[Clip, str]:
     kernels = importlib.import_module("amp_C")
     l2norm, scale_by = kernels.multi_tensor_l2norm, kernels.multi_tensor_scale
 
+    # apex starts what is pending with the last chunk of the last tensor, and an empty one has none.
     def norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        if not _alike(tensors):
+        full = _not_empty(tensors)
+        if not _alike(full):
             return _torch_norms(tensors)
-        return apply(l2norm, _overflow(tensors), [list(tensors)], True)[1].unbind()
+        found = iter(apply(l2norm, _overflow(full), [full], True)[1].unbind())
+        zero = torch.zeros((), device=full[0].device)
+        return [next(found) if t.numel() else zero for t in tensors]
 
     def scale(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
-        if _alike(tensors):
-            apply(scale_by, _overflow(tensors), [list(tensors), list(tensors)], float(factor))
+        full = _not_empty(tensors)
+        if _alike(full):
+            apply(scale_by, _overflow(full), [full, full], float(factor))
         else:
-            _torch_scale(tensors, factor)
+            _torch_scale(full, factor)
 
     return Clip(norms, scale), "amp_C.multi_tensor_l2norm, amp_C.multi_tensor_scale"
+
+
+def _not_empty(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t for t in tensors if t.numel() > 0]
 
 
 def _alike(tensors: Sequence[Tensor]) -> bool:

@@ -65,15 +65,21 @@ def multi_tensor_applier(op, noop_flag_buffer, tensor_lists, *args):
     "amp_C.py": """
 import torch
 
+# As NVIDIA's: the last chunk of the last tensor starts what is pending.
+def started(tensors):
+    return tensors if tensors[-1].numel() else []
+
 def multi_tensor_l2norm(chunk_size, noop_flag, tensor_lists, per_tensor=False):
     (tensors,) = tensor_lists
     assert noop_flag.dtype == torch.int32 and len({t.dtype for t in tensors}) == 1
-    norms = torch.stack([t.float().norm() for t in tensors])
+    norms = torch.zeros(len(tensors))
+    for i, t in enumerate(started(tensors)):
+        norms[i] = t.float().norm()
     return norms.norm().reshape(1), norms if per_tensor else torch.empty(0)
 
 def multi_tensor_scale(chunk_size, noop_flag, tensor_lists, scale):
     assert isinstance(scale, float)
-    for source, target in zip(*tensor_lists, strict=True):
+    for source, target in zip(*map(started, tensor_lists), strict=True):
         target.copy_(source * scale)
 """,
     "fused_layer_norm_cuda.py": "",
@@ -158,8 +164,10 @@ def test_what_apex_computes_is_what_torch_does(apex):
     with torch.autocast("cpu", torch.bfloat16):
         found = norm.run(x, weight, 1e-6)
     torch.testing.assert_close(found, choices(CPU)[1].run(x, weight, 1e-6))
-    tensors = [torch.randn(shape, generator=generator) for shape in (3, 100, 7)]
+    tensors = [torch.randn(shape, generator=generator) for shape in (3, 0, 100, 7, 0)]
     others = [t.clone() for t in tensors]
+    assert list(clip.run.norms(tensors[1:2])) == [0]
+    clip.run.scale(tensors[1:2], 0.5)
     for mixed in ([], [torch.ones(2, dtype=torch.float64)]):
         expected = [t.norm() for t in others + mixed]
         torch.testing.assert_close(list(clip.run.norms(tensors + mixed)), expected)
@@ -192,3 +200,4 @@ def test_a_run_goes_on_from_the_other_adams_state(apex):
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0])
     assert not fused.apex_takes([torch.zeros(1, dtype=torch.float64)])
+    assert not fused.apex_takes([torch.ones(1), torch.ones(0)])
