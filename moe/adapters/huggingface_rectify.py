@@ -11,6 +11,7 @@ decoder, what is generated must not depend on neighbours. `drop_in_eval` evaluat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
@@ -193,7 +194,8 @@ def _check(name: str, block: Any, ranks: int) -> None:
     """Raises ValueError where `block` computes, or holds, something else than its class says."""
     gate, experts = block.gate, block.experts
     found = version("transformers")
-    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+    # Also of 5.9rc0, which has the gates of 5.9.
+    if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < OLDEST:
         raise ValueError(f"transformers: {found} is too old; pip install 'transformers>={OLDEST[0]}.{OLDEST[1]}'")
     if type(block).__name__ == "DeepseekV3MoE" and not hasattr(gate, "num_group"):
         raise ValueError(f"transformers: {found} is too old for DeepSeek-V3; pip install 'transformers>=5.23'")

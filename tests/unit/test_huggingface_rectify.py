@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from wastenot.moe.adapters import huggingface_rectify
 from wastenot.moe.adapters.huggingface import config_from_huggingface, load_huggingface
 from wastenot.moe.adapters.huggingface_names import pieces
 from wastenot.moe.adapters.huggingface_rectify import rectify_, routings_of, unrectify_
@@ -458,7 +459,7 @@ def test_jitter_noise_is_drawn_as_mixtral_draws_it():
     assert close(drawn(LEAVING_STOCK_ALONE), drawn(None))
 
 
-def test_what_cannot_be_rectified_is_refused_in_one_line_and_left_alone():
+def test_what_cannot_be_rectified_is_refused_in_one_line_and_left_alone(monkeypatch):
     def refused(model: nn.Module, **options: Any) -> str:
         classes = [type(module) for module in model.modules()]
         with pytest.raises(ValueError) as caught:
@@ -480,6 +481,12 @@ def test_what_cannot_be_rectified_is_refused_in_one_line_and_left_alone():
     assert "select: 'al' is not one of any, all; nearest: all" in refused(model, select="al")
     assert "capacity: 2.0 is outside" in refused(model, capacity=2.0)
     assert "8 experts" in refused(model, fill_ranks=7)
+    with monkeypatch.context() as another:
+        another.setattr(huggingface_rectify, "version", lambda name: "5.8rc1")
+        assert "transformers: 5.8rc1 is too old; pip install 'transformers>=5.9'" in refused(model)
+        for later in ("5.9rc0", "5.10.0.dev0", "6rc1"):
+            another.setattr(huggingface_rectify, "version", lambda name, found=later: found)
+            unrectify_(rectify_(model))
     model.model.layers[1].mlp.forward = model.model.layers[1].mlp.forward
     assert "model.layers.1.mlp: its forward was replaced" in refused(model)
     del model.model.layers[1].mlp.forward
