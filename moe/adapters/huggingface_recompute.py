@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, partial
+from inspect import signature
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from ...parallel.recomputation import Recomputation, Schedule
@@ -37,7 +39,8 @@ def recompute_(model: nn.Module, *, parts: Sequence[Part] = get_args(Part), debu
     """Drops `parts` of all layers of `model` after forward; backward computes them again when it needs them.
 
     Segment `3.attention` is the attention of the layer that comes fourth in `model`. Another `schedule` of what is
-    returned holds from the next pass on; `unrecompute_` takes everything back.
+    returned holds from the next pass on; `unrecompute_` takes everything back. A pass that fills a cache computes
+    attention once and keeps it, so in training the model makes none unless its call says `use_cache=True`.
 
     Args:
         model: a decoder of transformers, or a module that contains one. Its own forward begins each pass.
@@ -69,6 +72,9 @@ def recompute_(model: nn.Module, *, parts: Sequence[Part] = get_args(Part), debu
         module.__class__ = _as_segment(type(module))
         module.segment, module.recomputation = name, recomputation
     model.register_forward_pre_hook(_Begin(recomputation))
+    for module in model.modules():
+        if module not in layers and "use_cache" in signature(module.forward).parameters:
+            module.register_forward_pre_hook(_without_cache, with_kwargs=True)
     return recomputation
 
 
@@ -76,8 +82,9 @@ def unrecompute_(model: nn.Module) -> nn.Module:
     """Gives the parts of `model` that are segments their own forward pass again; returns `model`."""
     for module in list(model.modules()):
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Begin):
+            if isinstance(hook, _Begin) or hook is _without_cache:
                 del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
         if isinstance(module, SegmentPart):
             del module.segment, module.recomputation
             module.__class__ = type(module).whole  # pyright: ignore[reportAttributeAccessIssue]
@@ -96,8 +103,8 @@ class SegmentPart(nn.Module):
         # What fills a cache would fill it twice.
         if others.get("past_key_values") is not None:
             return whole(hidden_states, *args, **others)
-        draws = self.training and any(getattr(self, name, 0) for name in ("attention_dropout", "jitter_noise"))
-        return self.recomputation.segment(self.segment, partial(whole, **others), hidden_states, *args, draws=draws)
+        # Any module within may draw, LoRA's dropout for one; the state of the generators is quickly kept.
+        return self.recomputation.segment(self.segment, partial(whole, **others), hidden_states, *args, draws=True)
 
 
 class _Begin:
@@ -109,6 +116,15 @@ class _Begin:
     def __call__(self, module: nn.Module, args: Any) -> None:
         _refuse_checkpointing(module)
         self.recomputation.begin(module)
+
+
+def _without_cache(module: nn.Module, args: tuple[Any, ...], others: dict[str, Any]) -> Any:
+    """Hook: in training, none of the caches that `config.use_cache`, true by default, makes unasked."""
+    passed = dict(zip(signature(module.forward).parameters, args, strict=False)) | others
+    is_asked = passed.get("use_cache") is not None or passed.get("past_key_values") is not None
+    if is_asked or not module.training or not torch.is_grad_enabled():
+        return None
+    return args, others | {"use_cache": False}
 
 
 def _refuse_checkpointing(model: nn.Module) -> None:

@@ -13,7 +13,14 @@ import pytest
 import torch
 from stock_models import CONFIGS
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from wastenot.launch.peak_memory import peak_bytes
 from wastenot.moe.adapters.huggingface import (
@@ -149,6 +156,31 @@ def model_of(family: str) -> Any:
     return AutoModelForCausalLM.from_config(CONFIGS[family]).train()
 
 
+def put_dropout(model: Any) -> Any:
+    """Dropout within attention and within the experts' block, as LoRA's is, of which no config says anything."""
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = nn.Sequential(layer.self_attn.o_proj, nn.Dropout(0.3))
+        inner = getattr(layer.mlp, "gate", layer.mlp)
+        inner.register_module("lora_dropout", nn.Dropout(0.3))
+        inner.register_forward_pre_hook(lambda module, args: (module.lora_dropout(args[0]), *args[1:]))
+    return model
+
+
+def count_attention(model: Any) -> list[int]:
+    """How often each layer's attention is computed from now on."""
+    counts = [0] * len(model.model.layers)
+
+    def count(i: int) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            counts[i] += 1
+
+        return hook
+
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.o_proj.register_forward_pre_hook(count(i))
+    return counts
+
+
 def gradients(model: Any) -> dict[str, Tensor]:
     model.zero_grad()
     torch.manual_seed(1)
@@ -168,12 +200,15 @@ def test_other_families_train_under_trainer(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"])
 def test_segments_give_the_same_gradients_and_can_be_taken_back(family):
-    model = rectify_(model_of(family), capacity_factor=0.7)
+    model = put_dropout(rectify_(model_of(family), capacity_factor=0.7))
+    counts = count_attention(model)
     classes = [type(module) for module in model.modules()]
     names = list(model.state_dict())
     kept = gradients(model)
+    assert counts == [1, 1, 1]
     recomputation = recompute_(model, debug=True)
     assert equal(gradients(model), kept)
+    assert counts == [3, 3, 3], "each layer's attention once more in backward, though config.use_cache is true"
     assert sum(recomputation.spent.take()) > 0
     assert list(model.state_dict()) == names
     recomputation.schedule = Schedule(frozenset({"1.mlp", "2.attention"}))
@@ -189,6 +224,7 @@ def test_segments_give_the_same_gradients_and_can_be_taken_back(family):
     assert sum(recomputation.spent.take()) == 0, "a copy has a recomputation of its own"
     unrecompute_(model)
     assert [type(module) for module in model.modules()] == classes
+    assert model.train()(input_ids=torch.tensor([[1, 2]])).past_key_values is not None
     assert equal(gradients(model), kept)
     assert unrectify_(model).training
 
@@ -201,14 +237,25 @@ def test_segments_hold_less_memory():
     assert peak_bytes(lambda: gradients(model)) < 0.7 * kept
 
 
-def test_generation_with_a_cache_goes_past_segments():
+def test_passes_that_fill_a_cache_go_past_segments_and_training_fills_none_unasked():
     model = mixtral().eval()
     inputs_BS = torch.tensor([[1, 2, 3]])
     expected = model.generate(inputs_BS, max_new_tokens=5, do_sample=False, pad_token_id=0)
-    recompute_(model)
+    recompute_(nn.ModuleDict({"decoder": model}))
+    recomputation = model.model.layers[0].self_attn.recomputation
     assert model.generate(inputs_BS, max_new_tokens=5, do_sample=False, pad_token_id=0).equal(expected)
-    with torch.enable_grad():
-        model(input_ids=inputs_BS, use_cache=True).logits.sum().backward()
+    counts = count_attention(model)
+    for train, asked, is_filled in ((False, {}, True), (True, {"use_cache": True}, True), (True, {}, False)):
+        counts[:] = [0, 0]
+        recomputation.begin(model.train(train))
+        returned = model(input_ids=inputs_BS, **asked)
+        cache = returned.past_key_values
+        assert (cache is not None) == is_filled
+        returned.logits.sum().backward()
+        assert counts == ([1, 1] if is_filled else [2, 2])
+        assert cache is None or cache.get_seq_length() == 3
+    again = model.model(inputs_BS, past_key_values=DynamicCache(config=model.config))
+    assert again.past_key_values.get_seq_length() == 3
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_.*able` is deprecated:FutureWarning")
