@@ -153,7 +153,8 @@ def test_what_trainer_saves_stock_transformers_loads(plain, tmp_path):
 
 def model_of(family: str) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[family]).train()
+    # Trainer changes the config of its model.
+    return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family])).train()
 
 
 def put_dropout(model: Any) -> Any:
