@@ -294,8 +294,9 @@ def test_what_a_run_cannot_go_on_from_is_one_line(trained, run, tmp_path, capsys
             "saved with zero_optimization.round_robin_gradients null, not true: DeepSpeed resumes in the same layout"
         ),
         resuming(source, {"zero_optimization": {"overlap_comm": "perhaps"}}): "DeepSpeed does not take what",
-        resuming(source, model={"layers": 3}): "is of another model (model.layers: 2 -> 3)",
-        resuming(source, router={"jitter": 0.0}): "router.jitter: 0.05 -> 0.0",
+        resuming(source, model={"layers": 3}, router={"jitter": 0.0}): (
+            "is of another model (model.layers: 2 -> 3; router.jitter: 0.05 -> 0.0)"
+        ),
         resuming(copies["planted"]): "holds code, or is damaged; it was not loaded",
         resuming(copies["damaged"]): "holds code, or is damaged; it was not loaded",
         resuming(copies["short"]): "the checkpoint is not whole",
