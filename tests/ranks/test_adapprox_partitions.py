@@ -224,7 +224,7 @@ def in_random_pieces(rank: int, world: int) -> Any:
 
 
 def test_however_parameters_are_cut_their_steps_are_those_of_whole_ones():
-    first, *others = run_ranks(3, in_random_pieces)
+    first, *others = run_ranks(3, in_random_pieces, timeout=180)
     # The draws have ranks with nothing and parameters one at a time.
     assert 1 in {limit for limit, _ in first}
     assert 0 in {count for rank in others for _, count in rank}
