@@ -303,7 +303,7 @@ def test_what_a_run_cannot_go_on_from_is_one_line(trained, run, tmp_path, capsys
         resuming(copies["missing"]): f"{name} is missing; the checkpoint is not whole",
         resuming(copies["headless"]): "wastenot.json has no files",
     }
-    for said in run_ranks(2, refusals, list(cases), timeout=120):
+    for said in run_ranks(2, refusals, list(cases), timeout=300):
         for line, words in zip(said, cases.values(), strict=True):
             assert words in line
             assert "\n" not in line
