@@ -13,7 +13,6 @@ from .layout_rules import STEPS_PARTS
 _OWN_ONLY = {
     "parallel.tensor": (1, "cut by our tensor ranks"),
     "parallel.shard": (1, "sharded by FSDP2"),
-    "train.start": (None, "begun with another run's weights"),
     "train.only": ("all", "trained in part"),
     "train.keep_zeros": (False, "kept sparse"),
     "train.distill": (None, "taught by another run"),
@@ -66,8 +65,8 @@ def megatron_has_words(config: TrainConfig) -> list[Violation]:
         if config.megatron.layer == "megatron":
             why = "its dispatcher sends the rows that there are; use ragged, megatron.layer: wastenot"
             cannot.append(("model.moe.dispatch", "padded", why))
-            if parallel.piece_bytes != "auto":
-                why = "its dispatcher sends each exchange whole; use auto, megatron.layer: wastenot"
+            if parallel.piece_bytes not in ("auto", 0):
+                why = "its dispatcher sends each exchange whole; use auto or 0, megatron.layer: wastenot"
                 cannot.append(("parallel.piece_bytes", parallel.piece_bytes, why))
         if config.router.kind != "learned":
             cannot.append(("router.kind", config.router.kind, "it is for benchmarks of our own layers; use learned"))

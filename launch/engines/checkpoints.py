@@ -20,7 +20,17 @@ from ..errors import UserError
 from ..optimizer_config import refuse_state_of_others
 from ..resumed import find_resumed
 from ..saved_run import refuse_quantized
+from ..start import load_start
 from .engine import Ground, Restored
+
+
+def start_of(ground: Ground, model: Decoder) -> Restored | None:
+    """Fills the new `model` with the weights of `train.start`, if that names a run; all ranks call it together."""
+    run = ground.config.train.start
+    if run is None:
+        return None
+    ground.watchdog.at(0, "loading")
+    return Restored(load_start(run, model, ground.mesh, ground.tokenizer), None, False)
 
 
 class DecoderCheckpoints:
@@ -36,8 +46,9 @@ class DecoderCheckpoints:
         self.is_expert = lambda name: name in experts
 
     def restore(self, check: Callable[[Mapping[str, Any], Path], None] = lambda meta, path: None) -> Restored | None:
-        """Loads what `checkpoint.resume` asks for. `check` hears what a run saved beside its state, and raises
-        ValueError where this one cannot go on from it.
+        """Loads what `checkpoint.resume` asks for, or else the weights of `train.start`.
+
+        `check` hears what a run saved beside its state, and raises ValueError where this one cannot go on from it.
 
         Raises UserError where it cannot be loaded.
         """
@@ -45,7 +56,7 @@ class DecoderCheckpoints:
         path = find_resumed(ground.config, self.checkpointer)
         ground.watchdog.at(0, "loading")
         if path is None:
-            return None
+            return start_of(ground, self.model)
         try:
             refuse_quantized(path, "be trained")
             # A converted checkpoint holds weights only: the run starts from them, at step 0.

@@ -29,6 +29,7 @@ from ..run_folder import differences, write_atomically
 from ..settings import as_mapping
 from ..step import MicroBatch, Stepper, StepResult
 from . import deepspeed_checkpoints as checkpoints
+from .checkpoints import start_of
 from .decoder import count_parameters, evaluate_decoder, generate_from, new_decoder
 from .deepspeed_gradients import SharedGradients, WholeGradients
 from .deepspeed_json import merged
@@ -50,6 +51,9 @@ class DeepSpeedEngine:
         from . import deepspeed_model as ours
 
         self.decoder = new_decoder(ground)
+        self._resumed = self._find()
+        # Before DeepSpeed copies weights or cuts them up.
+        self._start = start_of(ground, self.decoder) if self._resumed is None else None
         experts = expert_parameter_names(self.decoder)
         self._sizes = [(name in experts, p.numel()) for name, p in self.decoder.named_parameters()]
         self.optimizer = make_optimizer(self.decoder, config.optimizer)
@@ -91,10 +95,9 @@ class DeepSpeedEngine:
             ) from error
         return engine
 
-    def restore(self) -> Restored | None:
-        config, mesh = self.ground.config, self.ground.mesh
-        self.ground.watchdog.at(0, "loading")
-        own = self.ground.folder.checkpoints
+    def _find(self) -> Path | None:
+        """The checkpoint that `checkpoint.resume` asks for, the same on all ranks."""
+        config, own = self.ground.config, self.ground.folder.checkpoints
 
         def choose() -> Path | None:
             own.mkdir(parents=True, exist_ok=True)
@@ -103,10 +106,18 @@ class DeepSpeedEngine:
                 return checkpoints.newest(own)
             return None if config.checkpoint.resume == "never" else checkpoints.find(Path(config.checkpoint.resume))
 
+        self.ground.watchdog.at(0, "loading")
         try:
-            path = checkpoints.on_root(mesh, choose)
-            if path is None:
-                return None
+            return checkpoints.on_root(self.ground.mesh, choose)
+        except (OSError, ValueError) as error:
+            raise UserError(str(error)) from error
+
+    def restore(self) -> Restored | None:
+        config, mesh, path = self.ground.config, self.ground.mesh, self._resumed
+        if path is None:
+            return self._start
+        self.ground.watchdog.at(0, "loading")
+        try:
             saved = checkpoints.read_meta(path)
             checkpoints.refuse_other_layout(path, saved, mesh, config.deepspeed.zero, self._sharing)
             _refuse_other_model(path, saved["config"], as_mapping(config))
@@ -115,7 +126,7 @@ class DeepSpeedEngine:
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
         self._load(path)
-        return Restored(path, saved, path.parent == own)
+        return Restored(path, saved, path.parent == self.ground.folder.checkpoints)
 
     def _load(self, path: Path) -> None:
         optimizer = self.optimizer

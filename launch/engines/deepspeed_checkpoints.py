@@ -76,7 +76,10 @@ def find(path: Path, step: int | None = None) -> Path:
             steps = ", ".join(map(str, sorted({_step(each) for each in found})))
             raise UserError(f"{path} has no checkpoint of step {step}; it has {steps}")
         if (folder / OURS).is_file() or any(folder.glob(f"step-*/{OURS}")):
-            raise UserError(f"{path} holds checkpoints of engine: native, not of DeepSpeed; use engine: native")
+            raise UserError(
+                f"{path} holds checkpoints of engine: native, not of DeepSpeed; use engine: native, or train.start to "
+                "begin with the weights of a run"
+            )
     raise UserError(f"{path} holds no complete checkpoint of DeepSpeed; give a run, or one of its checkpoints/step-…")
 
 

@@ -13,7 +13,6 @@ from ..data import Samples
 from ..evaluate import Evaluation
 from ..freeze import freeze
 from ..optimizer import make_optimizer
-from ..start import load_start
 from ..step import StepResult, make_stepper
 from ..teacher import Teacher, open_teacher
 from ..zeros import keep_zeros
@@ -51,15 +50,10 @@ class NativeEngine:
         self.checkpoints = DecoderCheckpoints(ground, self.model, self.optimizer)
 
     def restore(self) -> Restored | None:
-        config, mesh = self.ground.config, self.ground.mesh
         restored = self.checkpoints.restore(self._check)
-        if restored is not None:
-            if restored.meta is not None and self.recompute is not None:
-                self.recompute.load(restored.meta.get("recompute"))
-        elif config.train.start is not None:
-            start = load_start(config.train.start, self.model, mesh, self.ground.tokenizer)
-            restored = Restored(start, None, False)
-        if config.train.keep_zeros:
+        if restored is not None and restored.meta is not None and self.recompute is not None:
+            self.recompute.load(restored.meta.get("recompute"))
+        if self.ground.config.train.keep_zeros:
             keep_zeros(self.model, self.optimizer)
         return restored
 

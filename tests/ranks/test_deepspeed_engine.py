@@ -132,16 +132,22 @@ def trained(run, tmp_path_factory) -> dict[str, tuple[Path, list[dict[str, Tenso
     tied = {"parallel": {**copied, **buckets}, "model": {"tie_embeddings": True}, **more}
     bf16, adapprox = {"train": {"precision": "bf16"}}, {"optimizer": {"name": "adapprox"}}
     four = {"native": run(**spread), **{f"zero {zero}": run(zero, **spread) for zero in (0, 1, 2)}}
+    first = run(**adapprox)
+    begun = {"train": {"start": str(log_dir(first))}}
     two = {
         "native, tied": run(**tied),
         "zero 3": run(3, str(released), **tied),
         "native, bf16": run(**bf16),
         "zero 1, bf16": run(1, **bf16),
         "zero 1, bf16, recomputed": run(1, recompute={"mode": "full"}, **bf16),
-        "native, adapprox": run(**adapprox),
+        "native, adapprox": first,
         **{f"zero {zero}, adapprox": run(zero, **adapprox) for zero in (0, 1, 2)},
         "native, copied adapprox": run(parallel=copied, **adapprox),
         "zero 3, adapprox": run(3, str(released), parallel=copied, **adapprox),
+        "native, begun": run(**begun),
+        "zero 1, begun": run(1, **begun),
+        "native, copied, begun": run(parallel=copied, **begun),
+        "zero 3, begun": run(3, str(released), parallel=copied, **begun),
     }
     found = {}
     for world, runs, names in ((4, four, RESUMED[:2]), (2, two, RESUMED[2:])):
@@ -164,6 +170,8 @@ RESUMED = ("zero 0", "zero 1", "zero 3", "zero 1, adapprox", "zero 3, adapprox")
         ("zero 1, bf16", "native, bf16", 2e-3),
         *((f"zero {zero}, adapprox", "native, adapprox", 1e-5) for zero in (0, 1, 2)),
         ("zero 3, adapprox", "native, copied adapprox", 1e-5),
+        ("zero 1, begun", "native, begun", 1e-5),
+        ("zero 3, begun", "native, copied, begun", 1e-5),
     ],
 )
 def test_losses_and_gradient_norms_are_those_of_the_native_engine(trained, name, native, rel):
@@ -173,10 +181,16 @@ def test_losses_and_gradient_norms_are_those_of_the_native_engine(trained, name,
     for step, numbers in expected.items():
         # What is not finite is null in a line of metrics.
         assert found[step] == ((None, None) if step == BROKEN else pytest.approx(numbers, rel=rel)), step
-    assert summary(path)["val_loss"] == pytest.approx(summary(other)["val_loss"], rel=rel)
+    for value in ["val_loss", "start_val_loss"] if "begun" in name else ["val_loss"]:
+        assert summary(path)[value] == pytest.approx(summary(other)[value], rel=rel), value
     assert summary(path)["skipped_steps"] == 1
     assert summary(path)["parameters"] == summary(other)["parameters"]
     assert summary(path)["rectified_ratio"] == pytest.approx(summary(other)["rectified_ratio"], abs=rel)
+
+
+def test_a_run_begins_with_the_weights_of_another(trained):
+    before, after = (summary(trained[name][0]) for name in ("native, adapprox", "zero 1, begun"))
+    assert after["start_val_loss"] == pytest.approx(before["val_loss"], rel=1e-5)
 
 
 def test_what_blocks_compute_again_changes_no_bit(trained):

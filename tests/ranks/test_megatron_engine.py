@@ -124,6 +124,8 @@ def everything(rank: int, world: int, settings: dict[str, Any], folder: str) -> 
             path = f"{folder}/{world}/PP 2 {source}/checkpoints/step-00000025"
             again = changed(saved, {"engine": engine, "checkpoint": {"every": 0, "resume": path}})
             results[f"{source} then", engine] = run(f"{source} then {engine}", again)
+        begun = {"engine": "megatron", "train": {"start": f"{folder}/{world}/PP 2 native", "steps": 5}}
+        results["begun", "megatron"] = run("begun", changed(saved, begun))
     return results
 
 
@@ -175,6 +177,11 @@ def test_it_is_the_native_run(results, case):
     assert slots[0] == slots[1]
     assert native["summary"].parameters == megatron["summary"].parameters
     assert native["summary"].sample == megatron["summary"].sample
+
+
+def test_a_run_begins_with_the_weights_of_another(results):
+    before, after = results["PP 2", "native"]["summary"], results["begun", "megatron"]["summary"]
+    assert after.start_val_loss == pytest.approx(before.val_loss, rel=1e-5)
 
 
 def test_rectified_slots_are_in_the_ledger(results):

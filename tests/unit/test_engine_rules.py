@@ -55,6 +55,10 @@ def test_a_plain_run_is_every_engines(engine: str):
         ),
         ({"engine": "megatron", "model": {"qk_norm": "full"}}, "model.qk_norm: full has no counterpart in"),
         (
+            {"engine": "megatron", "parallel": {"piece_bytes": 4096}},
+            "parallel.piece_bytes: 4096 has no counterpart in Megatron-Core: its dispatcher sends each exchange whole",
+        ),
+        (
             {
                 "engine": "megatron",
                 "parallel": {"pipeline": 2, "schedule": "gpipe"},
