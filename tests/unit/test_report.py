@@ -337,7 +337,7 @@ def of_an_earlier_version(run: Path) -> None:
 
 def of_a_later_version(run: Path) -> None:
     with (run / "config.yaml").open("a") as file:
-        file.write("engine: quantum\n")
+        file.write("accelerator: quantum\n")
 
 
 def of_too_many_ranks(run: Path) -> None:
