@@ -9,6 +9,7 @@ import torch
 from ...moe.decoder import Decoder, build_decoder
 from ...moe.generate import generate
 from ...parallel.collectives import all_reduce
+from ...parallel.expert import expert_parameter_names
 from ...parallel.mesh import Mesh
 from ...parallel.stages import Stages, lay_out
 from ..config import TrainConfig
@@ -62,8 +63,14 @@ def generate_from(model: Decoder, config: TrainConfig, prompt: list[int], count:
     return tokens
 
 
+def parameter_sizes(model: Decoder) -> list[tuple[bool, int]]:
+    """Of each parameter of this rank: whether it is of its own experts, and how many numbers."""
+    experts = expert_parameter_names(model)
+    return [(name in experts, p.numel()) for name, p in model.named_parameters()]
+
+
 def count_parameters(sizes: Iterable[tuple[bool, int]], mesh: Mesh) -> int:
-    """Parameters of the whole model from this rank's: whether each is of its own experts, and how many numbers."""
+    """Parameters of the whole model, from this rank's `parameter_sizes`; all ranks take part."""
     here = sum(size * (mesh.expert.size if of_experts else 1) for of_experts, size in sizes)
     counted = torch.tensor([here], device=mesh.device)
     return int(all_reduce(counted, mesh.pipeline, "summary", mesh.recorder))

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...parallel.expert import expert_parameter_names
 from ...parallel.mesh import Mesh
 from ..data import Samples
 from ..errors import UserError
@@ -30,7 +29,7 @@ from ..settings import as_mapping
 from ..step import MicroBatch, Stepper, StepResult
 from . import deepspeed_checkpoints as checkpoints
 from .checkpoints import start_of
-from .decoder import count_parameters, evaluate_decoder, generate_from, new_decoder
+from .decoder import count_parameters, evaluate_decoder, generate_from, new_decoder, parameter_sizes
 from .deepspeed_gradients import SharedGradients, WholeGradients
 from .deepspeed_json import merged
 from .engine import Ground, Restored
@@ -54,8 +53,7 @@ class DeepSpeedEngine:
         self._resumed = self._find()
         # Before DeepSpeed copies weights or cuts them up.
         self._start = start_of(ground, self.decoder) if self._resumed is None else None
-        experts = expert_parameter_names(self.decoder)
-        self._sizes = [(name in experts, p.numel()) for name, p in self.decoder.named_parameters()]
+        self._sizes = parameter_sizes(self.decoder)
         self.optimizer = make_optimizer(self.decoder, config.optimizer)
         zero, said = config.deepspeed.zero, merged(config, mesh.world.size)
         self._sharing: dict[str, Any] = said["zero_optimization"]

@@ -19,7 +19,7 @@ from ..evaluate import Evaluation, judged
 from ..optimizer import make_optimizer
 from ..step import StepResult
 from .checkpoints import DecoderCheckpoints
-from .decoder import count_parameters, generate_from, new_decoder
+from .decoder import count_parameters, generate_from, new_decoder, parameter_sizes
 from .engine import Ground, Restored
 from .megatron_groups import make_groups
 from .megatron_model import MegatronModel
@@ -92,9 +92,7 @@ class MegatronEngine:
             dist.destroy_process_group()
 
     def num_parameters(self) -> int:
-        is_expert = self.checkpoints.is_expert
-        sizes = [(is_expert(name), p.numel()) for name, p in self.decoder.named_parameters()]
-        return count_parameters(sizes, self.ground.mesh)
+        return count_parameters(parameter_sizes(self.decoder), self.ground.mesh)
 
     def recomputed_seconds(self) -> tuple[float, float]:
         return 0.0, 0.0

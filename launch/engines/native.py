@@ -17,7 +17,7 @@ from ..step import StepResult, make_stepper
 from ..teacher import Teacher, open_teacher
 from ..zeros import keep_zeros
 from .checkpoints import DecoderCheckpoints
-from .decoder import count_parameters, evaluate_decoder, generate_from, new_decoder
+from .decoder import count_parameters, evaluate_decoder, generate_from, new_decoder, parameter_sizes
 from .engine import Ground, Restored
 
 if TYPE_CHECKING:
@@ -98,9 +98,7 @@ class NativeEngine:
         self.checkpoints.close()
 
     def num_parameters(self) -> int:
-        is_expert = self.checkpoints.is_expert
-        sizes = [(is_expert(name), p.numel()) for name, p in self.model.named_parameters()]
-        return count_parameters(sizes, self.ground.mesh)
+        return count_parameters(parameter_sizes(self.model), self.ground.mesh)
 
     def recomputed_seconds(self) -> tuple[float, float]:
         return self.model.recomputation.spent.take()

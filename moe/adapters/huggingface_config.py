@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import ModelConfig, MoEConfig, RouterConfig
 from .huggingface_names import FAMILIES, Family, has_experts
+from .options import read_number
 
 ARCHITECTURES: dict[Family, str] = {
     "mixtral": "MixtralForCausalLM",
@@ -43,17 +44,7 @@ class _Reader:
 
     def number(self, *names: str, default: float | None = None) -> float:
         """The first of `names` that is there; a problem where none is and there is no default."""
-        for name in names:
-            value = self.config.get(name)
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                return value
-            if value is not None:
-                self.problems.append(f"{name}: {value!r} is not a number")
-                return 1
-        if default is None:
-            self.problems.append(f"{names[0]}: missing")
-            return 1
-        return default
+        return read_number(self.config, self.problems, names, default)
 
     def integer(self, *names: str, default: int | None = None) -> int:
         """As `number`, of a whole one."""

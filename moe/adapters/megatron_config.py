@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..config import ModelConfig, MoEConfig, RectifyConfig, RouterConfig
+from .options import read_number
 
 __all__ = ["Normalize", "config_from_megatron", "router_config"]
 
@@ -92,17 +93,7 @@ class _Options:
 
     def number(self, *names: str, default: Any = None) -> Any:
         """The first of `names` that says a number; a problem where none does and there is no default."""
-        for name in names:
-            value = self.args.get(name)
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                return value
-            if value is not None:
-                self.problems.append(f"{name}: {value!r} is not a number")
-                return 1
-        if default is None:
-            self.problems.append(f"{names[0]}: missing")
-            return 1
-        return default
+        return read_number(self.args, self.problems, names, default)
 
 
 def config_from_megatron(args: Mapping[str, Any]) -> tuple[ModelConfig, RouterConfig]:
